@@ -1,0 +1,135 @@
+"""Frozen messages that cross the boundary between the wire and the engine.
+
+Requests are complete: ingress has validated them and filled every default in, so no later stage knows a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Ranges are those of `SamplingParams` in inference.proto, already checked."""
+
+    seed: int
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives to report; None: no log-probabilities
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """What one output had emitted on a worker that was lost."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request for an engine. Router to worker."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    cache_salt: str = ""
+    priority: int = 0  # larger runs first
+    prompt_logprobs_from: int = 0  # first prompt position whose log-probability is wanted
+    deadline: float | None = None  # seconds since the epoch
+    resume: tuple[ResumePoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The log-probability of the token at one position, and of the most probable ones there (best first)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why an output ended, and what matched if it was a stop."""
+
+    reason: FinishReason
+    stop: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens of one output, as an engine yields them: no text yet. Engine to text layer."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish: Finish | None = None
+    cached_tokens: int | None = None  # on the output's first delta
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text and tokens of one output. Worker to router."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish: Finish | None = None
+    cached_tokens: int | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that ended in an error on a worker. Worker to router."""
+
+    request_id: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A worker's load as its scheduler sees it. Worker to router."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    pending_prefill_tokens: int = 0
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a served model is called and what it can take."""
+
+    name: str
+    max_context: int  # prompt and output, tokens
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
