@@ -1,0 +1,89 @@
+"""The worker's part of the configuration tree. Imports nothing heavy: it is read before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which model is served."""
+
+    path: Path = Field(default=Path("models/target"), description="A Hugging Face directory of a Llama-family model.")
+    name: str = Field(default="", description="The name clients ask for; empty: the directory's name.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights, activations and KV.")
+    max_context: int | None = Field(default=None, ge=1, description="Prompt and output, tokens; empty: the model's own.")
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.path.name
+
+
+class KVSection(Section):
+    """The store of keys and values."""
+
+    num_pages: int = Field(default=2048, ge=1, description="Pages in the store.")
+    page_size: int = Field(default=32, ge=1, description="Tokens per page.")
+    prefix_cache: bool = Field(default=True, description="Keep and share the keys and values of finished prompts.")
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+
+class SchedulerSection(Section):
+    """How much one step does, and how much may wait."""
+
+    step_tokens: int = Field(default=2048, ge=1, description="Token budget of one step.")
+    max_running: int = Field(default=64, ge=1, description="Outputs that run at once.")
+    max_waiting: int = Field(default=1024, ge=1, description="Outputs that wait; more are refused.")
+
+    @model_validator(mode="after")
+    def _budget_holds_every_running_output(self) -> SchedulerSection:
+        if self.step_tokens < self.max_running:
+            raise ValueError(
+                f"step_tokens {self.step_tokens} is below max_running {self.max_running}: "
+                "each running output needs one token a step; raise step_tokens or lower max_running"
+            )
+        return self
+
+
+class EngineSection(Section):
+    """What computes the tokens."""
+
+    kind: Literal["torch", "fake"] = Field(default="torch", description="`fake` counts instead of computing: tests only.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; empty: this worker's share of the cores.")
+    kv: KVSection = KVSection()
+    scheduler: SchedulerSection = SchedulerSection()
+
+
+class SessionSection(Section):
+    """The server that routers connect to."""
+
+    host: str = Field(default="127.0.0.1", description="Address to bind and to announce; empty: the node's address.")
+    heartbeat_s: float = Field(default=0.25, gt=0, description="Silence after which a heartbeat is sent, seconds.")
+    max_queued_frames: int = Field(default=1024, ge=1, description="Frames a slow router may leave unread.")
+
+
+class MetricsSection(Section):
+    """The Prometheus endpoint."""
+
+    host: str = Field(default="127.0.0.1", description="Address to bind.")
+    port: int = Field(default=9101, ge=0, le=65535, description="First port tried, then the next ones; 0: any free one.")
+
+
+class WorkerConfig(Section):
+    """One worker: an engine behind a session server."""
+
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    session: SessionSection = SessionSection()
+    metrics: MetricsSection = MetricsSection()
