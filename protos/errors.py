@@ -193,8 +193,10 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> HeadwaterError:
     match error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(details)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
+            return MessageTooLarge(f"{details}; send a shorter prompt or raise the receiver's max_message_bytes")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return MessageTooLarge(details)
+            return Overloaded(details)
         case grpc.StatusCode.CANCELLED:
             return Aborted(details)
         case grpc.StatusCode.UNAVAILABLE:

@@ -19,8 +19,8 @@ class ModelSection(Section):
 
     path: Path = Field(default=Path("models/target"), description="A Hugging Face directory of a Llama-family model.")
     name: str = Field(default="", description="The name clients ask for; empty: the directory's name.")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights, activations and KV.")
-    max_context: int | None = Field(default=None, ge=1, description="Prompt and output, tokens; empty: the model's own.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of weights, activations and KV.")
+    max_context: int | None = Field(default=None, ge=1, description="Prompt and output, tokens; empty: the model's.")
 
     @property
     def served_name(self) -> str:
@@ -59,8 +59,9 @@ class SchedulerSection(Section):
 class EngineSection(Section):
     """What computes the tokens."""
 
-    kind: Literal["torch", "fake"] = Field(default="torch", description="`fake` counts instead of computing: tests only.")
+    kind: Literal["torch", "fake"] = Field(default="torch", description="`fake` computes nothing: for tests.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; empty: this worker's share of the cores.")
+    stall_s: float = Field(default=120.0, gt=0, description="A step longer than this means a hung engine, seconds.")
     kv: KVSection = KVSection()
     scheduler: SchedulerSection = SchedulerSection()
 
@@ -77,7 +78,7 @@ class MetricsSection(Section):
     """The Prometheus endpoint."""
 
     host: str = Field(default="127.0.0.1", description="Address to bind.")
-    port: int = Field(default=9101, ge=0, le=65535, description="First port tried, then the next ones; 0: any free one.")
+    port: int = Field(default=9101, ge=0, le=65535, description="First port tried, then the next; 0: any free.")
 
 
 class WorkerConfig(Section):

@@ -35,6 +35,7 @@ class StepResult:
 
     deltas: tuple[TokenDelta, ...] = ()
     failures: tuple[Failure, ...] = ()
+    started: tuple[str, ...] = ()  # requests with an output that ran for the first time
     num_tokens: int = 0  # rows computed in this step
     num_sequences: int = 0
 
@@ -50,7 +51,7 @@ class Engine(Protocol):
         """Take a request. Raises InvalidRequest if it can never run here, DuplicateRequest if its id is live."""
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or one of its outputs, and free its pages. Unknown ids are ignored: it may just have ended."""
+        """Drop a request, or one of its outputs, and free its pages. Unknown ids are ignored: they may have ended."""
 
     def step(self) -> StepResult:
         """Advance every runnable sequence by one step. Returns at once with no deltas when there is nothing to do."""

@@ -1,0 +1,1 @@
+"""Which tokens run in the next step: sequences, the step's plan, and the scheduler that makes and applies it."""

@@ -1,0 +1,30 @@
+"""Which engine a configuration means. Engines are imported only when chosen: each brings its own heavy libraries."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from protos.messages import ModelInfo
+from workers.config import WorkerConfig
+from workers.engine.protocol import Engine
+from workers.model.config import ModelConfig
+
+
+def make_engine(config: WorkerConfig, *, threads: int) -> Engine:
+    """Build the configured engine with its model loaded. Raises ModelError. Takes seconds: not on an event loop."""
+    match config.engine.kind:
+        case "torch":
+            import torch
+
+            from workers.engine.torch_engine import TorchEngine
+
+            torch.set_num_threads(threads)
+            return TorchEngine(config)
+        case "fake":
+            from workers.engine.fake import FakeEngine
+
+            model = ModelConfig.from_directory(config.model.path)
+            max_context = config.model.max_context or model.max_position_embeddings
+            return FakeEngine(ModelInfo(config.model.served_name, max_context, model.vocab_size))
+        case kind:
+            assert_never(kind)

@@ -1,0 +1,114 @@
+"""The torch engine: plan, execute, commit. One call of step() is one line of each."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from protos.errors import EngineFailure
+from protos.messages import Failure, Load, ModelInfo, Request
+from workers.attention.protocol import KVShape
+from workers.attention.torch_backend import TorchAttention
+from workers.config import WorkerConfig
+from workers.engine.protocol import EngineStats, StepResult
+from workers.kv.cache import KVCache
+from workers.model.config import ModelConfig
+from workers.model.loader import load_decoder
+from workers.model.runner import Runner
+from workers.scheduler.scheduler import Limits, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """An Engine in plain torch. Owns the scheduler, the model and the store of keys and values."""
+
+    def __init__(self, config: WorkerConfig, *, device: torch.device | None = None) -> None:
+        device = device or torch.device("cpu")
+        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+        directory = config.model.path
+        model = ModelConfig.from_directory(directory)
+        kv = config.engine.kv
+        self._eos = frozenset(model.eos_token_ids)
+        self._info = ModelInfo(
+            name=config.model.served_name,
+            max_context=min(config.model.max_context or model.max_position_embeddings, model.max_position_embeddings),
+            vocab_size=model.vocab_size,
+            eos_token_ids=tuple(model.eos_token_ids),
+        )
+        shape = KVShape(model.num_layers, kv.num_pages, kv.page_size, model.num_kv_heads, model.head_dim)
+        self._cache = KVCache(num_pages=kv.num_pages, page_size=kv.page_size, prefix_cache=kv.prefix_cache)
+        self._scheduler = Scheduler(self._limits(config), self._cache, self._eos)
+        self._runner = Runner(
+            load_decoder(directory, dtype=dtype, device=device),
+            TorchAttention(shape, dtype=dtype, device=device),
+            page_size=kv.page_size,
+            device=device,
+        )
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._info
+
+    def submit(self, request: Request) -> None:
+        self._scheduler.add(request)
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        self._scheduler.cancel(request_id, index)
+
+    def step(self) -> StepResult:
+        plan = self._scheduler.plan()
+        if not plan.chunks:
+            return StepResult()
+        try:
+            results = self._runner.execute(plan, self._eos)
+        except (RuntimeError, MemoryError) as error:
+            log.exception("a step of %d tokens failed", plan.num_tokens)
+            return StepResult(failures=self._fail(self._scheduler.rollback(plan), error))
+        return StepResult(
+            deltas=tuple(self._scheduler.commit(plan, results)),
+            started=tuple(dict.fromkeys(s.request.request_id for s in plan.started)),
+            num_tokens=plan.num_tokens,
+            num_sequences=len(plan.chunks),
+        )
+
+    def load(self) -> Load:
+        return self._scheduler.load()
+
+    def stats(self) -> EngineStats:
+        counters, cache = self._scheduler.counters, self._cache
+        return EngineStats(
+            num_steps=counters.num_steps,
+            num_preemptions=counters.num_preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            computed_tokens=counters.computed_tokens,
+            prefix_queries_tokens=counters.prefix_queries_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            kv_free_pages=cache.num_free,
+            kv_cached_pages=cache.num_cached,
+            kv_total_pages=cache.num_pages,
+            page_size=cache.page_size,
+        )
+
+    def check(self) -> None:
+        """The invariants of scheduler and cache; for tests."""
+        self._scheduler.check()
+
+    def close(self) -> None:
+        """Nothing to stop: memory goes with the object."""
+
+    def _limits(self, config: WorkerConfig) -> Limits:
+        scheduler = config.engine.scheduler
+        return Limits(
+            step_tokens=scheduler.step_tokens,
+            max_running=scheduler.max_running,
+            max_waiting=scheduler.max_waiting,
+            max_context=self._info.max_context,
+        )
+
+    def _fail(self, request_ids: list[str], error: Exception) -> tuple[Failure, ...]:
+        return tuple(
+            Failure(request_id, EngineFailure.__name__, f"the step failed: {error}") for request_id in request_ids
+        )

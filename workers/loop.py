@@ -1,0 +1,319 @@
+"""The engine loop: one thread that owns the engine, steps it, and turns tokens into text.
+
+Sessions hand work in from the event loop and get one frame per step back; the event loop itself never waits for a step.
+Every request that was taken ends in exactly one finish per output, or in one failure.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from tokenizers import Tokenizer
+
+from protos.errors import DeadlineExceeded, Draining, EngineFailure, HeadwaterError
+from protos.messages import Delta, Failure, Load, Request, TokenDelta
+from workers.engine.protocol import Engine, EngineStats, StepResult
+from workers.metrics import WorkerMetrics
+from workers.text import OutputText, to_delta
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3  # in a row; then the engine is taken for broken
+ENDED_DEADLINES = 1024  # deadlines of ended requests kept before they are cleared out
+IDLE_WAIT_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What one step gave the requests of one session. Engine thread to event loop."""
+
+    session: int
+    step: int
+    deltas: tuple[Delta | Failure, ...]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    session: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancelled:
+    session: int
+    request_id: str | None  # None: all of the session's
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that has not ended. Mutated only by EngineLoop."""
+
+    session: int
+    request: Request  # with the caller's id
+    outputs: dict[int, OutputText]
+    arrived: float
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """What one step has to say, by session."""
+
+    by_session: dict[int, list[Delta | Failure]] = field(default_factory=dict)
+
+    def add(self, session: int, delta: Delta | Failure) -> None:
+        self.by_session.setdefault(session, []).append(delta)
+
+
+class EngineLoop:
+    """Runs one engine on a thread of its own until stopped."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: WorkerMetrics,
+        *,
+        deliver: Callable[[list[Frame]], None],
+        stall_s: float,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._deliver = deliver
+        self._stall_s = stall_s
+        self._inbox: deque[_Submitted | _Cancelled] = deque()
+        self._wake = threading.Condition()
+        self._live: dict[str, _Live] = {}  # by the engine's id
+        self._deadlines: list[tuple[float, str]] = []
+        self._load = engine.load()
+        self._stats = engine.stats()
+        self._step_began: float | None = None
+        self._num_steps = 0
+        self._num_failed_steps = 0
+        self._draining = False
+        self._stopping = False
+        self._broken: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From the event loop
+
+    @property
+    def load(self) -> Load:
+        """The load after the last step."""
+        return replace(self._load, draining=self._draining)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's totals after the last step."""
+        return self._stats
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live) + len(self._inbox)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, session: int, request: Request) -> None:
+        """Hand a request in; what becomes of it comes back in frames."""
+        self._put(_Submitted(session, request))
+
+    def cancel(self, session: int, request_id: str | None = None) -> None:
+        """Drop one request of a session, or all of them. Nothing comes back."""
+        self._put(_Cancelled(session, request_id))
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; live ones go on."""
+        self._draining = True
+
+    def check(self) -> None:
+        """Raises EngineFailure if the engine is broken or hangs."""
+        if self._broken is not None:
+            raise EngineFailure(self._broken)
+        if not self._thread.is_alive() and not self._stopping:
+            raise EngineFailure("the engine thread has ended")
+        began = self._step_began
+        if began is not None and time.monotonic() - began > self._stall_s:
+            raise EngineFailure(f"a step has been running for more than {self._stall_s} s")
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread after the step it is in, and close the engine."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self._engine.close()
+
+    def _put(self, command: _Submitted | _Cancelled) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    # On the engine thread
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            outgoing = _Outgoing()
+            try:
+                self._take_commands(outgoing)
+                self._expire(outgoing)
+                self._step(outgoing)
+            except Exception as error:
+                log.exception("the engine loop failed")
+                self._break(f"the engine failed: {error}", outgoing)
+            self._load, self._stats = self._engine.load(), self._engine.stats()
+            self._send(outgoing)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not self._stopping and not self._inbox and not self._live:
+                self._wake.wait(IDLE_WAIT_S)
+            return not self._stopping
+
+    def _take_commands(self, outgoing: _Outgoing) -> None:
+        while self._inbox:
+            match self._inbox.popleft():
+                case _Submitted(session, request):
+                    self._accept(session, request, outgoing)
+                case _Cancelled(session, None):
+                    for engine_id in [key for key, live in self._live.items() if live.session == session]:
+                        self._drop(engine_id)
+                case _Cancelled(session, request_id):
+                    self._drop(_engine_id(session, str(request_id)))
+
+    def _accept(self, session: int, request: Request, outgoing: _Outgoing) -> None:
+        engine_id = _engine_id(session, request.request_id)
+        try:
+            if self._broken is not None:
+                raise EngineFailure(self._broken)
+            if self._draining:
+                raise Draining("this worker is shutting down; send the request again", retry_after_s=0.1)
+            self._engine.submit(replace(request, request_id=engine_id))
+        except HeadwaterError as error:
+            outgoing.add(session, Failure(request.request_id, type(error).__name__, error.message))
+            return
+        resumed = {point.index: point.token_ids for point in request.resume}
+        outputs = {
+            index: OutputText(self._tokenizer, request.sampling, resumed.get(index, ()))
+            for index in range(request.sampling.n)
+            if not any(point.index == index and point.finished for point in request.resume)
+        }
+        self._live[engine_id] = _Live(session, request, outputs, arrived=time.monotonic())
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, engine_id))
+            self._forget_ended_deadlines()
+
+    def _expire(self, outgoing: _Outgoing) -> None:
+        now = time.time()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, engine_id = heapq.heappop(self._deadlines)
+            if live := self._live.get(engine_id):
+                self._drop(engine_id)
+                message = "the deadline passed while the request ran; allow more time or ask for fewer tokens"
+                outgoing.add(live.session, Failure(live.request.request_id, DeadlineExceeded.__name__, message))
+
+    def _forget_ended_deadlines(self) -> None:
+        if len(self._deadlines) > ENDED_DEADLINES + 2 * len(self._live):
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
+            heapq.heapify(self._deadlines)
+
+    def _step(self, outgoing: _Outgoing) -> None:
+        if not self._live:
+            return
+        self._step_began = began = time.monotonic()
+        result = self._engine.step()
+        self._step_began = None
+        self._num_steps += 1
+        now = time.monotonic()
+        self._metrics.step(result.num_tokens, result.num_sequences, now - began)
+        for engine_id in result.started:
+            if live := self._live.get(engine_id):
+                live.started = began
+        for delta in result.deltas:
+            self._emit(delta, now, outgoing)
+        self._fail(result, outgoing)
+
+    def _emit(self, token_delta: TokenDelta, now: float, outgoing: _Outgoing) -> None:
+        live = self._live.get(token_delta.request_id)
+        output = live.outputs.get(token_delta.index) if live else None
+        if live is None or output is None:
+            return  # ended by a stop string while the engine was a step ahead
+        delta = to_delta(replace(token_delta, request_id=live.request.request_id), output)
+        self._time_tokens(live, len(delta.token_ids), now)
+        outgoing.add(live.session, delta)
+        if delta.finish is None:
+            return
+        del live.outputs[delta.index]
+        if token_delta.finish is None:
+            self._engine.cancel(token_delta.request_id, token_delta.index)
+        if not live.outputs:
+            del self._live[token_delta.request_id]
+        self._observe_finish(live, delta, now)
+
+    def _time_tokens(self, live: _Live, num_tokens: int, now: float) -> None:
+        if not num_tokens:
+            return
+        if live.first_token is None:
+            live.first_token = now
+            self._metrics.first_token(now - live.arrived)
+        elif live.last_token is not None:
+            self._metrics.next_tokens(now - live.last_token, num_tokens)
+        live.last_token = now
+        live.num_tokens += num_tokens
+
+    def _observe_finish(self, live: _Live, delta: Delta, now: float) -> None:
+        assert delta.finish is not None
+        self._metrics.output_finished(delta.finish.reason)
+        if live.outputs:
+            return
+        started = live.started or live.arrived
+        self._metrics.request_finished(
+            num_prompt=len(live.request.token_ids),
+            num_generated=live.num_tokens,
+            queue_s=started - live.arrived,
+            prefill_s=(live.first_token or now) - started,
+            decode_s=now - (live.first_token or now),
+            total_s=now - live.arrived,
+        )
+
+    def _fail(self, result: StepResult, outgoing: _Outgoing) -> None:
+        for failure in result.failures:
+            if live := self._live.pop(failure.request_id, None):
+                outgoing.add(live.session, replace(failure, request_id=live.request.request_id))
+        self._num_failed_steps = self._num_failed_steps + 1 if result.failures else 0
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            self._break(f"{MAX_FAILED_STEPS} steps failed in a row", outgoing)
+
+    def _drop(self, engine_id: str) -> None:
+        if self._live.pop(engine_id, None):
+            self._engine.cancel(engine_id)
+
+    def _break(self, reason: str, outgoing: _Outgoing) -> None:
+        """End every live request: the engine's state cannot be trusted any more."""
+        self._broken = reason
+        self._step_began = None
+        for live in self._live.values():
+            outgoing.add(live.session, Failure(live.request.request_id, EngineFailure.__name__, reason))
+        self._live.clear()
+
+    def _send(self, outgoing: _Outgoing) -> None:
+        if outgoing.by_session:
+            load = self.load
+            self._deliver([Frame(s, self._num_steps, tuple(deltas), load) for s, deltas in outgoing.by_session.items()])
+
+
+def _engine_id(session: int, request_id: str) -> str:
+    """Unique among all sessions' requests."""
+    return f"{session}/{request_id}"

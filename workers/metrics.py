@@ -1,0 +1,173 @@
+"""The worker's Prometheus metrics: the conventional `vllm:` names for what an engine does, `headwater_` for the rest.
+
+One private registry per process. Totals that the engine keeps are read when Prometheus scrapes; what must be observed
+as it happens (histograms) is observed by the engine loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from protos.errors import SetupError
+from protos.messages import FinishReason, Load
+from workers.engine.protocol import EngineStats
+
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+STEP_SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+PORT_ATTEMPTS = 64
+
+
+class WorkerMetrics:
+    """Everything one worker exports. Observed only by EngineLoop."""
+
+    def __init__(self, *, model_name: str, worker_id: str) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": worker_id}
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS)
+        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of one request.", TOKEN_BUCKETS)
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time per token after the first.", TOKEN_BUCKETS
+        )
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to finish.", REQUEST_BUCKETS)
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Waiting in the engine.", REQUEST_BUCKETS)
+        self._prefill = self._histogram("vllm:request_prefill_time_seconds", "Start to first token.", REQUEST_BUCKETS)
+        self._decode = self._histogram("vllm:request_decode_time_seconds", "First token to finish.", REQUEST_BUCKETS)
+        self._inference = self._histogram("vllm:request_inference_time_seconds", "Start to finish.", REQUEST_BUCKETS)
+        self._prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", LENGTH_BUCKETS)
+        self._generated = self._histogram("vllm:request_generation_tokens", "Tokens a request made.", LENGTH_BUCKETS)
+        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of one step.", STEP_TOKENS_BUCKETS)
+        self._step_seconds = self._histogram("headwater_step_seconds", "Time of one step.", STEP_SECONDS_BUCKETS)
+        self._step_sequences = self._histogram(
+            "headwater_step_sequences", "Outputs that took part in one step.", STEP_TOKENS_BUCKETS
+        )
+        self._finished = Counter(
+            "vllm:request_success",
+            "Outputs that ended, by reason.",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )
+
+    def watch(self, load: Callable[[], Load], stats: Callable[[], EngineStats]) -> None:
+        """Read the engine's state at every scrape."""
+        self.registry.register(_EngineCollector(self._labels, load, stats))
+
+    def step(self, num_tokens: int, num_sequences: int, seconds: float) -> None:
+        if num_tokens:
+            self._step_tokens.observe(num_tokens)
+            self._step_sequences.observe(num_sequences)
+            self._step_seconds.observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def next_tokens(self, seconds: float, num_tokens: int) -> None:
+        """`num_tokens` tokens came `seconds` after those before them."""
+        for _ in range(num_tokens):
+            self._itl.observe(seconds / num_tokens)
+
+    def output_finished(self, reason: FinishReason) -> None:
+        self._finished.labels(**self._labels, finished_reason=reason).inc()
+
+    def request_finished(
+        self,
+        *,
+        num_prompt: int,
+        num_generated: int,
+        queue_s: float,
+        prefill_s: float,
+        decode_s: float,
+        total_s: float,
+    ) -> None:
+        self._prompt.observe(num_prompt)
+        self._generated.observe(num_generated)
+        self._queue.observe(queue_s)
+        self._prefill.observe(prefill_s)
+        self._decode.observe(decode_s)
+        self._inference.observe(prefill_s + decode_s)
+        self._e2e.observe(total_s)
+        if num_generated > 1:
+            self._tpot.observe(decode_s / (num_generated - 1))
+
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(name, meaning, list(self._labels), buckets=tuple(buckets), registry=self.registry)
+        return histogram.labels(**self._labels)
+
+
+class _EngineCollector(Collector):
+    """Turns the engine's totals and state into metrics at the moment of a scrape."""
+
+    def __init__(self, labels: dict[str, str], load: Callable[[], Load], stats: Callable[[], EngineStats]) -> None:
+        self._labels, self._load, self._stats = labels, load, stats
+
+    def collect(self) -> Iterator[Metric]:
+        load, stats = self._load(), self._stats()
+        held = stats.kv_total_pages - stats.kv_free_pages - stats.kv_cached_pages
+        yield self._gauge("vllm:num_requests_running", "Outputs that run.", load.num_running)
+        yield self._gauge("vllm:num_requests_waiting", "Outputs that wait in the engine.", load.num_waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of pages in use, 0 to 1.", held / stats.kv_total_pages)
+        yield self._gauge("headwater_kv_pages_free", "Pages that hold nothing.", stats.kv_free_pages)
+        yield self._gauge("headwater_kv_pages_cached", "Pages only the prefix cache holds.", stats.kv_cached_pages)
+        yield self._gauge("headwater_kv_pages_in_use", "Pages that live outputs hold.", held)
+        yield self._gauge("headwater_pending_prefill_tokens", "Prompt tokens to compute.", load.pending_prefill_tokens)
+        yield self._gauge("headwater_worker_draining", "1 while the worker shuts down.", int(load.draining))
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens of started requests.", stats.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Tokens made.", stats.generation_tokens)
+        yield self._counter("vllm:num_preemptions", "Outputs that lost their pages.", stats.num_preemptions)
+        yield self._counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_queries_tokens)
+        yield self._counter("vllm:prefix_cache_hits", "Of those, found.", stats.prefix_hit_tokens)
+        yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens not computed.", stats.prefix_hit_tokens)
+        yield self._counter("headwater_steps", "Engine steps.", stats.num_steps)
+        yield self._counter("headwater_computed_tokens", "Tokens through the model.", stats.computed_tokens)
+        info = InfoMetricFamily("vllm:cache_config", "The store of keys and values.", labels=list(self._labels))
+        pages = {"block_size": str(stats.page_size), "num_gpu_blocks": str(stats.kv_total_pages)}
+        info.add_metric(list(self._labels.values()), pages)
+        yield info
+
+    def _gauge(self, name: str, meaning: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, meaning, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, meaning: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, meaning, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+
+class MetricsServer:
+    """The HTTP endpoint Prometheus scrapes, on a thread of its own."""
+
+    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
+        """Bind `port`, or the first free one after it; 0 takes any. Raises SetupError if none is free."""
+        candidates = range(port, min(port + PORT_ATTEMPTS, 65536)) if port else (0,)
+        for candidate in candidates:
+            try:
+                self._server, self._thread = start_http_server(candidate, addr=host, registry=registry)
+            except OSError:
+                continue
+            self.address = f"{host}:{self._server.server_port}"
+            return
+        raise SetupError(f"no free metrics port from {port} on {host}; set worker.metrics.port")
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
