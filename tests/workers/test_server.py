@@ -1,0 +1,217 @@
+"""The session server over real gRPC, with a fake engine behind it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import convert
+from protos.errors import Unauthenticated, from_rpc_error
+from protos.messages import Delta, Failure, Request, Sampling
+from protos.v1 import session_pb2 as pb
+from protos.v1 import session_pb2_grpc as rpc
+from tests.metrics import scrape
+from workers.config import EngineSection, MetricsSection, ModelSection, SessionSection, WorkerConfig
+from workers.engine.fake import FakeEngine, next_token
+from workers.server import TOKEN_KEY, WorkerAddress, WorkerServer
+
+TOKEN = "secret"
+
+
+class Session:
+    """One side of a session, as a router holds it."""
+
+    def __init__(self, address: str, token: str = TOKEN) -> None:
+        self.channel = grpc.aio.insecure_channel(address)
+        self.call = rpc.WorkerSessionStub(self.channel).Session(metadata=((TOKEN_KEY, token),))
+
+    async def submit(self, *requests: Request) -> None:
+        await self.call.write(pb.RouterFrame(submit=[convert.submit_to_proto(request) for request in requests]))
+
+    async def cancel(self, request_id: str) -> None:
+        await self.call.write(pb.RouterFrame(cancel=[pb.Cancel(request_id=request_id)]))
+
+    async def read(self) -> pb.WorkerFrame:
+        frame = await asyncio.wait_for(self.call.read(), 5)
+        assert isinstance(frame, pb.WorkerFrame)
+        return frame
+
+    async def deltas(self, request_id: str) -> list[Delta | Failure]:
+        """Everything about one request until its outputs have ended."""
+        found: list[Delta | Failure] = []
+        while True:
+            for message in (await self.read()).step.deltas:
+                delta = convert.delta_from_proto(message)
+                if delta.request_id == request_id:
+                    found.append(delta)
+                    if isinstance(delta, Failure) or delta.finish:
+                        return found
+
+
+@asynccontextmanager
+async def running(target_dir: Path, *, step_s: float = 0.0) -> AsyncIterator[tuple[WorkerServer, WorkerAddress]]:
+    config = WorkerConfig(
+        model=ModelSection(path=target_dir),
+        engine=EngineSection(kind="fake"),
+        session=SessionSection(heartbeat_s=0.05),
+        metrics=MetricsSection(port=0),
+    )
+    server = WorkerServer(config, worker_id="w0", session_token=TOKEN)
+    address = await server.start()
+    engine = server._engine._engine
+    assert isinstance(engine, FakeEngine)
+    engine._step_s = step_s
+    try:
+        yield server, address
+    finally:
+        await server.stop()
+
+
+def request(request_id: str, *, max_tokens: int = 5, deadline: float | None = None, prompt: int = 1) -> Request:
+    return Request(request_id, (prompt, 2, 3), Sampling(seed=1, max_tokens=max_tokens), deadline=deadline)
+
+
+async def test_tokens_come_back_in_order_and_end_once(target_dir: Path) -> None:
+    async with running(target_dir) as (_, address):
+        session = Session(address.session)
+        hello = (await session.read()).hello
+        assert (hello.worker_id, hello.model, hello.vocab_size) == ("w0", "target", 4096)
+        await session.submit(request("a"))
+        deltas = await session.deltas("a")
+        tokens = [token for delta in deltas if isinstance(delta, Delta) for token in delta.token_ids]
+        assert tokens == [next_token((1, 2, 3), 0, position, 4096) for position in range(5)]
+        await session.channel.close()
+
+
+async def test_an_idle_session_carries_heartbeats(target_dir: Path) -> None:
+    async with running(target_dir) as (_, address):
+        session = Session(address.session)
+        await session.read()
+        assert [(await session.read()).WhichOneof("frame") for _ in range(3)] == ["heartbeat"] * 3
+        await session.channel.close()
+
+
+async def test_sessions_do_not_see_each_other(target_dir: Path) -> None:
+    async with running(target_dir) as (_, address):
+        sessions = [Session(address.session) for _ in range(3)]
+        for number, session in enumerate(sessions):
+            await session.submit(request("same", prompt=number))
+        for number, session in enumerate(sessions):
+            deltas = await session.deltas("same")
+            assert isinstance(deltas[0], Delta)
+            assert deltas[0].token_ids == (next_token((number, 2, 3), 0, 0, 4096),)
+            await session.channel.close()
+
+
+async def test_cancel_and_a_closed_session_free_the_engine(target_dir: Path) -> None:
+    async with running(target_dir, step_s=0.002) as (server, address):
+        first, second = Session(address.session), Session(address.session)
+        await first.submit(request("a", max_tokens=100_000), request("b", max_tokens=100_000))
+        await second.submit(request("c", max_tokens=100_000))
+        await first.read()
+        await first.read()
+        await second.read()
+        await second.read()
+        await first.cancel("a")
+        await eventually(lambda: server._engine.num_live == 2)
+        await first.channel.close()
+        await eventually(lambda: server._engine.num_live == 1)
+        await second.channel.close()
+        await eventually(lambda: scrape(address.metrics)["headwater_kv_pages_in_use"] == 0)
+
+
+async def test_a_passed_deadline_is_a_typed_failure(target_dir: Path) -> None:
+    async with running(target_dir) as (_, address):
+        session = Session(address.session)
+        await session.submit(request("a", deadline=1.0))
+        [failure] = await session.deltas("a")
+        assert isinstance(failure, Failure)
+        assert failure.kind == "DeadlineExceeded"
+        await session.channel.close()
+
+
+async def test_a_duplicate_is_refused_and_the_first_goes_on(target_dir: Path) -> None:
+    async with running(target_dir, step_s=0.002) as (_, address):
+        session = Session(address.session)
+        await session.submit(request("a", max_tokens=50), request("a"))
+        kinds = []
+        while len(kinds) < 2:
+            last = (await session.deltas("a"))[-1]
+            kinds.append(last.kind if isinstance(last, Failure) else "finish")
+        assert sorted(kinds) == ["DuplicateRequest", "finish"]
+        await session.channel.close()
+
+
+async def test_a_broken_engine_ends_every_request_and_the_session(target_dir: Path) -> None:
+    async with running(target_dir, step_s=0.002) as (server, address):
+        session = Session(address.session)
+        await session.submit(request("a", max_tokens=100_000))
+        await session.read()
+
+        def explode() -> None:
+            raise ValueError("boom")
+
+        server._engine._engine.step = explode  # type: ignore[method-assign, assignment]
+        last = (await session.deltas("a"))[-1]
+        assert isinstance(last, Failure)
+        assert (last.kind, last.message) == ("EngineFailure", "the engine failed: boom")
+        with pytest.raises(Exception, match="boom"):
+            server.check()
+        with pytest.raises(grpc.aio.AioRpcError, match="boom"):
+            await asyncio.wait_for(until_end(session), 5)
+        await session.channel.close()
+
+
+async def test_draining_ends_live_requests_and_refuses_new_ones(target_dir: Path) -> None:
+    async with running(target_dir, step_s=0.005) as (server, address):
+        session = Session(address.session)
+        await session.submit(request("a", max_tokens=30))
+        await session.read()
+        await session.read()
+        drained = asyncio.create_task(server.drain(5))
+        await asyncio.sleep(0)
+        await session.submit(request("late"))
+        [failure] = await session.deltas("late")
+        assert isinstance(failure, Failure)
+        assert failure.kind == "Draining"
+        assert await drained
+        await session.channel.close()
+
+
+async def test_a_wrong_token_is_refused(target_dir: Path) -> None:
+    async with running(target_dir) as (_, address):
+        session = Session(address.session, token="guess")
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await session.call.read()
+        assert isinstance(from_rpc_error(refusal.value), Unauthenticated)
+        await session.channel.close()
+
+
+async def test_metrics_carry_the_conventional_names(target_dir: Path) -> None:
+    async with running(target_dir) as (_, address):
+        session = Session(address.session)
+        await session.submit(request("a"))
+        await session.deltas("a")
+        await eventually(lambda: scrape(address.metrics)["vllm:generation_tokens_total"] == 5)
+        found = scrape(address.metrics)
+        for name in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_hits_total"):
+            assert name in found
+        assert found["vllm:time_to_first_token_seconds_count"] == 1
+        assert found["vllm:inter_token_latency_seconds_count"] == 4
+        assert found["vllm:request_success_total"] == 1
+        await session.channel.close()
+
+
+async def until_end(session: Session) -> None:
+    while True:
+        await session.read()
+
+
+async def eventually(condition: object, timeout_s: float = 5.0) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(timeout_s):
+        while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - nothing to await: it polls from outside
+            await asyncio.sleep(0.02)

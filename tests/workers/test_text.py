@@ -1,0 +1,116 @@
+"""Text from tokens: whole characters, nothing of a stop string, the same however it is cut."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from protos.messages import Finish, Sampling, TokenDelta
+from workers.text import MAX_PENDING, OutputText, to_delta
+
+TEXTS = ["naïve café 中文 😀👨‍👩‍👧 done", "def f(x):\n    return '�é'\n", "  \t\n\n  x"]
+
+
+def output(tokenizer: Tokenizer, *stop: str, min_tokens: int = 0) -> OutputText:
+    return OutputText(tokenizer, Sampling(seed=0, max_tokens=99, stop=stop, min_tokens=min_tokens))
+
+
+def test_text_is_exact_and_never_half_a_character(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        stream = output(tokenizer)
+        pieces = [stream.feed([token]).text for token in tokenizer.encode(text).ids]
+        assert "".join(pieces) + stream.flush() == text
+        assert all("�" not in piece for piece in pieces) or "�" in text
+
+
+def test_an_unfinished_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a😀").ids
+    stream = output(tokenizer)
+    assert stream.feed(ids[:-1]).text == "a"
+    assert stream.flush() == "�"
+
+
+def test_bytes_that_are_no_text_do_not_wait_forever(tokenizer: Tokenizer) -> None:
+    continuation = tokenizer.encode("😀").ids[-1]
+    stream = output(tokenizer)
+    text = "".join(stream.feed([continuation]).text for _ in range(3 * MAX_PENDING))
+    assert text.count("�") == 3 * MAX_PENDING
+    assert stream.feed(tokenizer.encode("ok").ids).text == "ok"
+
+
+def test_a_stop_string_across_tokens_never_leaks(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("alpha beta\n\nclass Gamma: pass").ids
+    stream = output(tokenizer, "\n\nclass")
+    seen = ""
+    for token in ids:
+        piece = stream.feed([token])
+        seen += piece.text
+        assert "\n" not in seen
+        if piece.stop:
+            break
+    assert (seen, piece.stop) == ("alpha beta", "\n\nclass")
+
+
+def test_text_that_only_looked_like_a_stop_is_released(tokenizer: Tokenizer) -> None:
+    stream = output(tokenizer, "</end>")
+    assert stream.feed(tokenizer.encode("a </e").ids).text == "a "
+    assert stream.feed(tokenizer.encode("lse").ids).text == "</else"
+    stream.feed(tokenizer.encode(" <").ids)
+    assert stream.flush().endswith("<")
+
+
+def test_stops_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("x x x x").ids
+    stream = output(tokenizer, "x", min_tokens=len(ids))
+    piece = stream.feed(ids)
+    assert piece.stop == "x"
+    assert piece.num_tokens == len(ids)
+
+
+@given(
+    text=st.text(alphabet="ab<>é😀 \n", max_size=30),
+    stops=st.lists(st.text(alphabet="ab<>é ", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(1, 4), min_size=40, max_size=40),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_cutting_gives_the_same_text(tokenizer: Tokenizer, text: str, stops: list[str], cuts: list[int]) -> None:
+    ids = tokenizer.encode(text).ids
+    stream, seen, at = output(tokenizer, *stops), "", 0
+    stopped = False
+    for cut in cuts:
+        piece = stream.feed(ids[at : at + cut])
+        seen += piece.text
+        at += cut
+        if stopped := piece.stop is not None:
+            break
+    seen += "" if stopped else stream.flush()
+    first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+    assert seen == text[:first]
+
+
+@given(text=st.text(alphabet="ab<>é😀", max_size=20), cut=st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_a_resumed_output_knows_what_was_emitted(tokenizer: Tokenizer, text: str, cut: int) -> None:
+    ids = tokenizer.encode(text).ids
+    before = output(tokenizer, "<>")
+    first = before.feed(ids[:cut])
+    if first.stop:
+        return
+    resumed = OutputText(tokenizer, Sampling(seed=0, max_tokens=99, stop=("<>",)), ids[:cut])
+    assert resumed.feed(ids[cut:]) == before.feed(ids[cut:])
+    assert resumed.flush() == before.flush()
+
+
+def test_a_stop_token_is_not_part_of_the_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two").ids
+    delta = TokenDelta("r", 0, tuple(ids), finish=Finish("stop", stop_token_id=ids[-1]))
+    made = to_delta(delta, output(tokenizer))
+    assert made.text == tokenizer.decode(ids[:-1])
+    assert made.token_ids == tuple(ids)
+
+
+def test_a_stop_string_cuts_tokens_and_ends_the_output(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three").ids
+    made = to_delta(TokenDelta("r", 0, tuple(ids)), output(tokenizer, "two"))
+    assert made.text == "one "
+    assert made.finish == Finish("stop", stop="two")
+    assert len(made.token_ids) < len(ids)
