@@ -1,0 +1,89 @@
+"""How segments become calls: few of them, little padding, and no large mask where none is needed."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from tests.workers.attention.script import PAGE_SIZE, Grown, Script
+from workers.attention.parts import CHUNK_ROWS, STACKED_BYTES, Part, PartBuilder
+from workers.attention.protocol import KVShape, StepBatch
+
+SHAPE = KVShape(num_layers=1, num_pages=4096, page_size=PAGE_SIZE, num_kv_heads=1, head_dim=8)
+MAX_KEYS = STACKED_BYTES // (8 * 4)
+
+
+def build(batch: StepBatch, window: int | None = None) -> tuple[Part, ...]:
+    return PartBuilder(batch, SHAPE, window=window, dtype=torch.float32, device=torch.device("cpu")).build()
+
+
+def num_keys(part: Part) -> int:
+    return part.keys.stop - part.keys.start if isinstance(part.keys, slice) else len(part.keys)
+
+
+def decodes(lengths: list[int]) -> StepBatch:
+    """One row for each sequence of the given lengths."""
+    script = Script(0, SHAPE.num_pages)
+    sequences = [Grown() for _ in lengths]
+    script.grow(*((sequence, length - 1) for sequence, length in zip(sequences, lengths, strict=True) if length > 1))
+    return script.grow(*((sequence, 1) for sequence in sequences))
+
+
+def test_equal_decodes_are_one_call() -> None:
+    assert len(build(decodes([100] * 32))) == 1
+
+
+def test_decodes_of_any_lengths_are_few_calls_with_little_padding() -> None:
+    for seed in range(20):
+        generator = random.Random(seed)
+        lengths = [int(2 ** generator.uniform(0, 9)) for _ in range(32)]
+        parts = build(decodes(lengths))
+        assert len(parts) <= 6
+        assert sum(num_keys(part) for part in parts) <= 2 * sum(lengths)
+        assert sum(part.num_segments for part in parts) == 32
+
+
+def test_a_call_gathers_no_more_than_the_cache_holds() -> None:
+    length = MAX_KEYS // 4
+    parts = build(decodes([length] * 3 + [10] * 10 + [8 * length // 10]))
+    assert all(num_keys(part) <= MAX_KEYS for part in parts)
+
+
+def test_keys_in_consecutive_pages_are_read_in_place() -> None:
+    script = Script(0, SHAPE.num_pages)
+    script.free.sort(reverse=True)
+    prompt = script.grow((Grown(), 50))
+    assert [(part.rows, part.keys, part.is_causal) for part in build(prompt)] == [(slice(0, 50), slice(0, 50), True)]
+
+
+def test_a_later_chunk_is_its_prefix_and_its_square_without_masks() -> None:
+    script = Script(0, SHAPE.num_pages)
+    sequence = Grown()
+    script.grow((sequence, 300))
+    prefix, square = build(script.grow((sequence, 100)))
+    assert (num_keys(prefix), prefix.is_causal, prefix.mask) == (300, False, None)
+    assert (num_keys(square), square.is_causal, square.mask) == (100, True, None)
+
+
+def test_a_window_bounds_the_keys_read() -> None:
+    script = Script(0, SHAPE.num_pages)
+    window, sequence = 64, Grown()
+    script.grow((sequence, 4000))
+    for part in build(script.grow((sequence, 1000)), window):
+        assert num_keys(part) <= window + CHUNK_ROWS + PAGE_SIZE
+    (decode,) = build(script.grow((sequence, 1)), window)
+    assert num_keys(decode) <= window + PAGE_SIZE
+
+
+def test_a_prefix_out_of_every_row_s_window_is_not_computed() -> None:
+    script = Script(0, SHAPE.num_pages)
+    prefix, _ = script.prefix(start=0, end=10 * PAGE_SIZE)
+    sequence = Grown((prefix,), length=prefix.end)
+    script.grow((sequence, 40))
+
+    def num_segments(window: int) -> int:
+        return sum(part.num_segments for part in build(script.grow((sequence, 1)), window))
+
+    assert num_segments(window=20) == 1
+    assert num_segments(window=200) == 2

@@ -1,0 +1,93 @@
+"""What every engine promises the loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from protos.errors import DuplicateRequest
+from protos.messages import ModelInfo, ResumePoint
+from tests.workers.engine.drive import drain, request, run, step, torch_engine
+from workers.engine.fake import FakeEngine
+from workers.engine.protocol import Engine
+
+PROMPT = list(range(1, 40))
+Make = Callable[[], Engine]
+
+
+@pytest.fixture(params=["torch", "fake"])
+def make(request: pytest.FixtureRequest, root: Path) -> Make:
+    if request.param == "fake":
+        return lambda: FakeEngine(ModelInfo("fake", 1000, 4096))
+    return lambda: torch_engine(root / "models" / "target")
+
+
+def test_an_idle_step_does_nothing(make: Make) -> None:
+    assert make().step().deltas == ()
+
+
+def test_every_output_ends_once_with_its_tokens(make: Make) -> None:
+    outputs = run(make(), *(request(str(i), PROMPT[i:], max_tokens=i + 1, n=2, ignore_eos=True) for i in range(4)))
+    assert {key: len(output.tokens) for key, output in outputs.items()} == {
+        (str(i), index): i + 1 for i in range(4) for index in range(2)
+    }
+    assert all(output.finish and output.finish.reason == "length" for output in outputs.values())
+    assert all(output.cached_tokens is not None for output in outputs.values())
+
+
+def test_live_ids_are_unique_and_free_again_after_the_end(make: Make) -> None:
+    engine = make()
+    engine.submit(request("a", PROMPT))
+    with pytest.raises(DuplicateRequest):
+        engine.submit(request("a", PROMPT))
+    drain(engine)
+    assert run(engine, request("a", PROMPT))["a", 0].finish
+
+
+def test_cancel_is_silent_and_idempotent(make: Make) -> None:
+    engine = make()
+    engine.submit(request("a", PROMPT, max_tokens=500, n=2))
+    engine.submit(request("b", PROMPT, max_tokens=3, ignore_eos=True))
+    step(engine, {})
+    engine.cancel("a", 0)
+    engine.cancel("a", 0)
+    engine.cancel("unknown")
+    engine.cancel("a")
+    outputs = drain(engine)
+    assert set(outputs) == {("b", 0)}
+    assert engine.load().num_running == 0
+    assert engine.load().kv_used_tokens == 0
+
+
+def test_started_names_each_request_once(make: Make) -> None:
+    engine = make()
+    engine.submit(request("a", PROMPT, n=3))
+    started = [name for _ in range(4) for name in engine.step().started]
+    assert started == ["a"]
+
+
+def test_a_resumed_output_goes_on_at_its_position(make: Make) -> None:
+    asked = {"max_tokens": 9, "ignore_eos": True, "temperature": 1.0}
+    whole = run(make(), request("a", PROMPT, n=2, **asked))  # type: ignore[arg-type]
+    points = (ResumePoint(0, tuple(whole["a", 0].tokens[:4])), ResumePoint(1, (), finished=True))
+    rest = run(make(), request("a", PROMPT, n=2, resume=points, **asked))  # type: ignore[arg-type]
+    assert set(rest) == {("a", 0)}
+    assert rest["a", 0].tokens == whole["a", 0].tokens[4:]
+
+
+def test_stop_tokens_end_an_output(make: Make) -> None:
+    plain = run(make(), request("a", PROMPT, max_tokens=6, ignore_eos=True))["a", 0].tokens
+    stopped = run(make(), request("a", PROMPT, max_tokens=6, ignore_eos=True, stop_token_ids=(plain[2],)))["a", 0]
+    assert stopped.tokens == plain[: plain.index(plain[2]) + 1]
+    assert stopped.finish is not None
+    assert stopped.finish.stop_token_id == plain[2]
+
+
+def test_stats_account_for_every_page(make: Make) -> None:
+    engine = make()
+    run(engine, request("a", PROMPT))
+    stats = engine.stats()
+    assert stats.kv_free_pages + stats.kv_cached_pages == stats.kv_total_pages
+    assert stats.generation_tokens == 8
+    engine.close()
+    engine.close()
