@@ -1,0 +1,63 @@
+"""One real cluster for the whole session: real Ray, real gRPC, the model that ships."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.config import HeadwaterConfig, load
+from cluster.lifecycle import Cluster
+from protos.client import Client, RetryPolicy
+
+NUM_WORKERS = 2
+SETTINGS = (
+    f"cluster.num_workers={NUM_WORKERS}",
+    "cluster.drain_timeout_s=2",
+    "router.grpc.port=0",
+    "router.metrics.port=0",
+    "router.limits.max_queued_requests=24",
+    "router.sessions.max_in_flight=40",
+    "worker.metrics.port=0",
+    "worker.engine.threads=1",
+    "worker.engine.kv.num_pages=1024",
+)
+
+
+@pytest.fixture(scope="session")
+def config(root: Path) -> HeadwaterConfig:
+    return load(None, [*SETTINGS, f"worker.model.path={root / 'models' / 'target'}"])
+
+
+@pytest.fixture(scope="session")
+def cluster(config: HeadwaterConfig) -> Iterator[Cluster]:
+    with Cluster(config) as running:
+        yield running
+
+
+@pytest.fixture
+def target(cluster: Cluster) -> str:
+    """Where the router listens."""
+    return cluster.endpoints[0].grpc
+
+
+@pytest.fixture
+async def client(target: str) -> AsyncIterator[Client]:
+    """A client that sends nothing twice."""
+    async with Client(target, timeout_s=60, retry=RetryPolicy(max_attempts=1)) as one:
+        yield one
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The worker replicas among this process's descendants."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "ServeReplica:headwater:Worker" in " ".join(command(child))]
+
+
+def command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
