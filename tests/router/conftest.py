@@ -82,14 +82,14 @@ class Cluster:
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Wait until the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  polls any condition
             await asyncio.sleep(0.005)
 
 
 async def until_async(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
     """Wait until the awaited condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

@@ -128,7 +128,7 @@ class ScriptedWorker(session_grpc.WorkerSessionServicer):
         self.load = load
         self._broadcast(self._heartbeat())
 
-    async def Session(  # type: ignore[override]
+    async def Session(  # type: ignore[override]  # noqa: N802
         self, request_iterator: AsyncIterator[session_pb.RouterFrame], context: Any
     ) -> None:
         self.num_sessions += 1
@@ -176,7 +176,7 @@ class ScriptedWorker(session_grpc.WorkerSessionServicer):
     async def _write(self, out: asyncio.Queue[session_pb.WorkerFrame], context: Any) -> None:
         while True:
             frame = await out.get()
-            while self.silent:
+            while self.silent:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await context.write(frame)
 

@@ -34,7 +34,7 @@ async def test_full_queue_refuses_at_once_with_a_hint(start_cluster: Start) -> N
         await client.complete("w5")
     assert raised.value.retry_after_s is not None
     assert 0.1 <= raised.value.retry_after_s <= 10
-    for request_id in ("running", "0", "1"):
+    for request_id in ("1", "0", "running"):
         assert await client.abort(request_id)
     ended = await asyncio.gather(running, *waiting)
     assert {completion.outputs[0].finish.reason for completion in ended} == {"abort"}
@@ -134,8 +134,7 @@ async def test_least_loaded_worker_runs_it(start_cluster: Start) -> None:
     client = await cluster.client()
     tasks = [asyncio.create_task(client.complete([5] * 40, max_tokens=20, request_id="big"))]
     await until(lambda: len(first.submitted) == 1)
-    for i in range(3):
-        tasks.append(asyncio.create_task(client.complete([5], max_tokens=5, request_id=f"{i}")))
+    tasks += [asyncio.create_task(client.complete([5], max_tokens=5, request_id=f"{i}")) for i in range(3)]
     await until(lambda: len(second.submitted) == 3)
     assert len(first.submitted) == 1
     for request_id in ("big", "0", "1", "2"):

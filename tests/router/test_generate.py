@@ -16,7 +16,7 @@ from tests.router.scripted_worker import answer, hang, refuse
 async def test_stream_has_facts_first_usage_last_and_no_repetition(client: Client) -> None:
     events = [event async for event in client.generate("w5 w6", request_id="mine", max_tokens=3, seed=7)]
     facts = [event.prompt for event in events if event.prompt]
-    assert [event.prompt for event in events][0] == facts[0]
+    assert events[0].prompt == facts[0]
     assert len(facts) == 1
     assert (facts[0].request_id, facts[0].num_tokens, facts[0].seed) == ("mine", 3, 7)
     assert (facts[0].worker_id, facts[0].model) == ("w0", "tiny")

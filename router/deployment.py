@@ -1,0 +1,110 @@
+"""The router as a Ray Serve deployment: life, membership and control calls. Tokens never pass through here.
+
+Serve pushes every change of the set of workers into this process (MembershipFeed), and Router hands it to its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from router.config import RouterConfig
+from router.server import RouterServer
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """Where one router is and which workers it has. Router to driver."""
+
+    router_id: str
+    grpc: str
+    metrics: str
+    workers: Mapping[str, str]  # worker id to its metrics address
+
+
+class MembershipFeed(RequestRouter):  # type: ignore[misc]
+    """Tells the Router of this process which workers there are, as soon as Serve knows.
+
+    Serve copies this class by value, its module's globals included, so it finds the Router through Serve's context.
+    """
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Serve with the full set, on Serve's own event loop, at the start and after every change."""
+        super().update_replicas(replicas)
+        self._tell()
+
+    def _tell(self) -> None:
+        from ray.serve import get_replica_context
+
+        router = get_replica_context().servable_object
+        if router is None:  # its constructor is still running
+            asyncio.get_running_loop().call_later(0.02, self._tell)
+            return
+        replicas = self.curr_replicas.values()
+        router.workers_changed({replica.replica_id.unique_id: replica.replica_metadata for replica in replicas})
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Any worker will do: only control calls go through handles."""
+        return [candidate_replicas]
+
+
+class Router:
+    """One RouterServer in a process of its own. The server is started, fed and stopped only here."""
+
+    _server: RouterServer | None = None  # until the constructor got that far
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        workers: DeploymentHandle[Any],
+        config: RouterConfig,
+        *,
+        model_name: str,
+        tokenizer_dir: Path,
+        session_token: str,
+        drain_timeout_s: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._drain_timeout_s = drain_timeout_s
+        self._router_id = serve.get_replica_context().replica_id.unique_id
+        self._worker_metrics: dict[str, str] = {}
+        self._server = RouterServer(
+            config,
+            model_name=model_name,
+            tokenizer_dir=tokenizer_dir,
+            session_token=session_token,
+            router_id=self._router_id,
+        )
+        self._address = await self._server.start()
+        self._workers = workers.options()  # an open handle keeps Serve's membership feed running
+
+    def workers_changed(self, announced: Mapping[str, Mapping[str, str]]) -> None:
+        """The whole set of workers, id to what each announced. May be called from any thread."""
+        self._loop.call_soon_threadsafe(self._set_workers, announced)
+
+    def _set_workers(self, announced: Mapping[str, Mapping[str, str]]) -> None:
+        assert self._server is not None
+        self._worker_metrics = {worker: addresses["metrics"] for worker, addresses in announced.items()}
+        self._server.set_workers({worker: addresses["session"] for worker, addresses in announced.items()})
+
+    async def status(self) -> RouterStatus:
+        """For the driver, through the Serve handle."""
+        return RouterStatus(self._router_id, self._address.grpc, self._address.metrics, self._worker_metrics)
+
+    def check_health(self) -> None:
+        """Called by Serve. Raises when this router can no longer serve; Serve then replaces the process."""
+        if self._server is not None:
+            self._server.check()
+
+    async def __del__(self) -> None:
+        """Awaited by Serve before it ends the process: no new requests, live streams end first."""
+        if self._server is not None:
+            await self._server.stop(self._drain_timeout_s)

@@ -1,0 +1,146 @@
+"""The router's metrics, in one private registry, and the HTTP endpoint that serves them.
+
+The router owns the latencies a client feels: it sees every frame of every worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import prometheus_client as prometheus
+
+from protos.errors import SetupError
+
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+REQUEST_BUCKETS = (*(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeries:
+    """What the streams of one worker observe."""
+
+    time_to_first_token: prometheus.Histogram
+    inter_token_latency: prometheus.Histogram
+    e2e_latency: prometheus.Histogram
+    prompt_tokens: prometheus.Counter
+    generation_tokens: prometheus.Counter
+
+
+class RouterMetrics:
+    """Every series of one router. prometheus_client makes updates from any thread safe."""
+
+    def __init__(self) -> None:
+        self.registry = registry = prometheus.CollectorRegistry()
+        self._ttft = prometheus.Histogram(
+            "headwater_time_to_first_token_seconds",
+            "From a request's arrival to its first token, by the worker that ran it.",
+            ["worker"],
+            registry=registry,
+            buckets=TTFT_BUCKETS,
+        )
+        self._itl = prometheus.Histogram(
+            "headwater_inter_token_latency_seconds",
+            "Between two deltas of one output, divided by the tokens of the later one.",
+            ["worker"],
+            registry=registry,
+            buckets=ITL_BUCKETS,
+        )
+        self._e2e = prometheus.Histogram(
+            "headwater_e2e_request_latency_seconds",
+            "From a request's arrival to the end of its last output.",
+            ["worker"],
+            registry=registry,
+            buckets=REQUEST_BUCKETS,
+        )
+        self.queue_time = prometheus.Histogram(
+            "headwater_request_queue_time_seconds",
+            "From a request's arrival to its placement on a worker.",
+            registry=registry,
+            buckets=TTFT_BUCKETS,
+        )
+        self.requests = prometheus.Counter(
+            "headwater_requests",
+            "Calls that ended: stop, length, abort, ok, cancelled, or the name of the error.",
+            ["method", "outcome"],
+            registry=registry,
+        )
+        self.worker_losses = prometheus.Counter(
+            "headwater_worker_losses",
+            "Sessions lost: silent, closed, connection or protocol.",
+            ["reason"],
+            registry=registry,
+        )
+        self._prompt_tokens = prometheus.Counter(
+            "headwater_prompt_tokens", "Prompt tokens of requests placed on a worker.", registry=registry
+        )
+        self._generation_tokens = prometheus.Counter(
+            "headwater_generation_tokens", "Tokens that workers generated for clients.", registry=registry
+        )
+        self._requests_live = prometheus.Gauge(
+            "headwater_requests_live",
+            "Accepted requests that have not ended, waiting ones included.",
+            registry=registry,
+        )
+        self._queue_requests = prometheus.Gauge(
+            "headwater_queue_requests", "Requests that wait for a worker.", registry=registry
+        )
+        self._queue_tokens = prometheus.Gauge(
+            "headwater_queue_tokens", "Prompt tokens that wait for a worker.", registry=registry
+        )
+        self._workers = prometheus.Gauge(
+            "headwater_workers", "Workers by state: connecting, ready or draining.", ["state"], registry=registry
+        )
+
+    def worker(self, worker_id: str) -> WorkerSeries:
+        """The series of one worker; they exist until `forget`."""
+        return WorkerSeries(
+            self._ttft.labels(worker_id),
+            self._itl.labels(worker_id),
+            self._e2e.labels(worker_id),
+            self._prompt_tokens,
+            self._generation_tokens,
+        )
+
+    def forget(self, worker_id: str) -> None:
+        """Remove the series of a worker that left."""
+        for histogram in (self._ttft, self._itl, self._e2e):
+            histogram.remove(worker_id)
+
+    def watch_queue(
+        self, *, live: Callable[[], float], requests: Callable[[], float], tokens: Callable[[], float]
+    ) -> None:
+        """Read the queue's gauges from these at each scrape."""
+        self._requests_live.set_function(live)
+        self._queue_requests.set_function(requests)
+        self._queue_tokens.set_function(tokens)
+
+    def watch_workers(self, states: Mapping[str, Callable[[], float]]) -> None:
+        """Read the number of workers in each state from these at each scrape."""
+        for state, count in states.items():
+            self._workers.labels(state).set_function(count)
+
+
+class MetricsServer:
+    """Serves a registry over HTTP from a thread of its own. Owned by RouterServer."""
+
+    def __init__(self, registry: prometheus.CollectorRegistry, *, host: str, port: int) -> None:
+        """Raises SetupError if the port cannot be bound."""
+        try:
+            self._server, self._thread = prometheus.start_http_server(port, host, registry)
+        except OSError as error:
+            raise SetupError(
+                f"the metrics port {host}:{port} cannot be bound ({error.strerror or error}); "
+                "stop what uses it or set metrics.port to a free port"
+            ) from error
+        self.port = int(self._server.server_port)
+
+    async def close(self) -> None:
+        """Stop serving and join the thread."""
+        await asyncio.to_thread(self._server.shutdown)
+        self._server.server_close()
+        await asyncio.to_thread(self._thread.join)

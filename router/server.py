@@ -1,0 +1,206 @@
+"""One router: the client-facing gRPC server, its health, its metrics, and the sessions behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from protos.errors import SetupError
+from protos.v1 import inference_pb2 as pb
+from protos.v1 import inference_pb2_grpc as pb_grpc
+from router.admission import Admission
+from router.config import GrpcSection, RouterConfig, TLSSection
+from router.fleet import Fleet
+from router.inference import Inference
+from router.metrics import MetricsServer, RouterMetrics
+from router.policy import default_policy
+from router.session import RouterIdentity, SessionState
+from router.tokenizer import Tokenizer
+from router.validation import Rules
+
+INFERENCE_SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+LAST_WORDS_S = 1.0  # for calls that ended to reach their clients when the server stops
+
+
+@dataclass(frozen=True, slots=True)
+class RouterAddress:
+    """Where a router listens, each as host:port."""
+
+    grpc: str
+    metrics: str
+
+
+class RouterServer:
+    """Everything one router is. Started, fed and stopped by its deployment, on one event loop."""
+
+    def __init__(
+        self, config: RouterConfig, *, model_name: str, tokenizer_dir: Path, session_token: str, router_id: str
+    ) -> None:
+        self._config = config
+        self._model_name = model_name
+        self._tokenizer_dir = tokenizer_dir
+        self._session_token = session_token
+        self._router_id = router_id
+        self._running: _Running | None = None
+
+    async def start(self) -> RouterAddress:
+        """Bind both ports and serve. Raises SetupError or ModelError, and then nothing is left behind."""
+        assert self._running is None, "started twice"
+        tokenizer = Tokenizer.load(self._tokenizer_dir)
+        identity = RouterIdentity(self._router_id, self._session_token, self._model_name)
+        running = _Running(self._config, identity, tokenizer)
+        try:
+            address = await running.start()
+        except BaseException:
+            await running.stop(grace_s=0)
+            raise
+        self._running = running
+        return address
+
+    def set_workers(self, workers: Mapping[str, str]) -> None:
+        """The whole membership: worker id → session address. Workers that left finish what they hold."""
+        assert self._running is not None, "not started"
+        self._running.fleet.set_members(workers)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new work, let live requests end for up to `grace_s`, then end everything. Idempotent."""
+        running, self._running = self._running, None
+        if running is not None:
+            await running.stop(grace_s)
+
+    def check(self) -> None:
+        """Raise if a task died; state invariants."""
+        if self._running is not None:
+            self._running.check()
+
+
+class _Running:
+    """The parts of a started router. Owned by RouterServer."""
+
+    def __init__(self, config: RouterConfig, identity: RouterIdentity, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self._metrics = RouterMetrics()
+        self.fleet = Fleet(config.sessions, identity, self._metrics, on_change=self._fleet_changed)
+        self._admission = Admission(config.limits, self.fleet, default_policy(), self._metrics)
+        self._service = Inference(
+            Rules(config.limits, identity.model_name),
+            tokenizer=tokenizer,
+            admission=self._admission,
+            fleet=self.fleet,
+            metrics=self._metrics,
+            router_id=identity.router_id,
+        )
+        self._server = grpc.aio.server(
+            options=_server_options(config.grpc), maximum_concurrent_rpcs=config.grpc.max_concurrent_calls
+        )
+        self._health = health.aio.HealthServicer()
+        self._health_due = asyncio.Event()
+        self._health_task: asyncio.Task[None] | None = None
+        self._metrics_server: MetricsServer | None = None
+
+    async def start(self) -> RouterAddress:
+        pb_grpc.add_InferenceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((INFERENCE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
+        await self._set_health()
+        self._watch()
+        metrics = self._config.metrics
+        self._metrics_server = MetricsServer(self._metrics.registry, host=metrics.host, port=metrics.port)
+        port = _bind(self._server, self._config.grpc)
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._keep_health(), name="router health")
+        return RouterAddress(f"{self._config.grpc.host}:{port}", f"{metrics.host}:{self._metrics_server.port}")
+
+    async def stop(self, grace_s: float) -> None:
+        self._admission.drain()
+        await self._health.enter_graceful_shutdown()
+        await self._admission.finish(grace_s)
+        await self._server.stop(LAST_WORDS_S if grace_s else None)
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        self._admission.close()
+        await self.fleet.close()
+        if self._metrics_server is not None:
+            await self._metrics_server.close()
+
+    def check(self) -> None:
+        task = self._health_task
+        if task is not None and task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+        self.fleet.check()
+        self._admission.check()
+
+    def _fleet_changed(self) -> None:
+        self._admission.fleet_changed()
+        self._health_due.set()
+
+    async def _keep_health(self) -> None:
+        while True:
+            await self._health_due.wait()
+            self._health_due.clear()
+            await self._set_health()
+
+    async def _set_health(self) -> None:
+        """SERVING only while a worker is connected, so that load balancers look elsewhere otherwise."""
+        response = health_pb2.HealthCheckResponse
+        status = response.SERVING if self.fleet.num_connected else response.NOT_SERVING
+        for service in ("", INFERENCE_SERVICE):
+            await self._health.set(service, status)
+
+    def _watch(self) -> None:
+        admission, fleet = self._admission, self.fleet
+        self._metrics.watch_queue(
+            live=lambda: admission.num_live,
+            requests=lambda: admission.num_waiting,
+            tokens=lambda: admission.waiting_tokens,
+        )
+        states: tuple[SessionState, ...] = ("connecting", "ready", "draining")
+        self._metrics.watch_workers({state: lambda state=state: fleet.num_in(state) for state in states})  # type: ignore[misc]
+
+
+def _server_options(config: GrpcSection) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it silently
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def _bind(server: grpc.aio.Server, config: GrpcSection) -> int:
+    address = f"{config.host}:{config.port}"
+    try:
+        if config.tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, _credentials(config.tls))
+    except RuntimeError as error:
+        raise SetupError(
+            f"the gRPC port {address} cannot be bound; stop what uses it or set grpc.port to a free port"
+            + (", and check that grpc.tls names a matching certificate and key" if config.tls else "")
+        ) from error
+
+
+def _credentials(tls: TLSSection) -> grpc.ServerCredentials:
+    """Raises SetupError naming the file that cannot be read."""
+    client_ca = None if tls.client_ca_file is None else _pem(tls.client_ca_file)
+    return grpc.ssl_server_credentials(
+        [(_pem(tls.key_file), _pem(tls.cert_file))],
+        root_certificates=client_ca,
+        require_client_auth=client_ca is not None,
+    )
+
+
+def _pem(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SetupError(f"{path} cannot be read ({error.strerror}); check the paths under grpc.tls") from error

@@ -1,0 +1,196 @@
+"""One accepted request until its one end: from a worker's deltas to the messages a client reads.
+
+Stands between the session, which delivers, and the servicer, which writes. Law 1 is kept here: a stream ends once, in
+all its finishes or in one error, and whatever arrives later is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from protos.convert import logprobs_to_proto, output_to_proto
+from protos.errors import EngineFailure, HeadwaterError
+from protos.messages import Delta, Finish, FinishReason, Request
+from protos.v1 import inference_pb2 as pb
+from router.metrics import WorkerSeries
+from router.policy import Work
+
+Clock = Callable[[], float]
+
+
+class Stream:
+    """A live request. Mutated only on the event loop: by its Session (`deliver`, `fail`) and by Admission.
+
+    The router keeps everything a take-over by another worker needs: the request, and what each output has emitted.
+    `request.request_id` is the id on the session; `client_id` is the client's, which may be used again later.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        client_id: str,
+        model: str,
+        created: float,
+        prefill_tokens: int | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`created` is the clock's time of arrival; `prefill_tokens` is what of the prompt no other stream computes."""
+        self.request = request
+        self.work = Work(
+            prefill_tokens=len(request.token_ids) if prefill_tokens is None else prefill_tokens,
+            decode_tokens=request.sampling.n * request.sampling.max_tokens,
+            num_outputs=request.sampling.n,
+        )
+        self.worker_id = ""
+        self.error: HeadwaterError | None = None
+        self._client_id = client_id
+        self._model = model
+        self._clock = clock
+        self._created = created
+        self._series: WorkerSeries | None = None
+        self._pending: list[Delta] = []
+        self._finishes: dict[int, FinishReason] = {}
+        self._last_token: dict[int, float] = {}  # output index: when its latest tokens came
+        self._cached_tokens: int | None = None
+        self._num_completion_tokens = 0
+        self._written = False
+        self._wake = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream has had its one end."""
+        return self.error is not None or len(self._finishes) == self.request.sampling.n
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the request arrived."""
+        return self._clock() - self._created
+
+    @property
+    def usage(self) -> pb.Usage:
+        """Tokens counted so far."""
+        return pb.Usage(
+            prompt_tokens=len(self.request.token_ids),
+            cached_tokens=self._cached_tokens or 0,
+            completion_tokens=self._num_completion_tokens,
+        )
+
+    @property
+    def outcome(self) -> str:
+        """How the request ended, in one word: the error, or the least complete finish."""
+        if self.error is not None:
+            return type(self.error).__name__
+        reasons = set(self._finishes.values())
+        return next((reason for reason in ("abort", "length", "stop") if reason in reasons), "live")
+
+    def place(self, worker_id: str, series: WorkerSeries) -> None:
+        """A worker was chosen."""
+        self.worker_id = worker_id
+        self._series = series
+        series.prompt_tokens.inc(self.work.prefill_tokens)
+
+    def deliver(self, delta: Delta) -> None:
+        """New tokens of one output. A delta that breaks the protocol ends the stream in EngineFailure."""
+        if self.ended:
+            return
+        if delta.index >= self.request.sampling.n or delta.index in self._finishes:
+            self.fail(EngineFailure(f"worker {self.worker_id} sent output {delta.index} more than it may; report this"))
+            return
+        self._count(delta)
+        self._push(delta)
+
+    def fail(self, error: HeadwaterError) -> None:
+        """End the stream in an error, unless it has ended. A take-over after WorkerLost belongs here."""
+        if not self.ended:
+            self.error = error
+            self._wake.set()
+
+    def abort(self) -> None:
+        """End every open output with finish reason ABORT."""
+        if self.ended:
+            return
+        for index in range(self.request.sampling.n):
+            if index not in self._finishes:
+                self._push(Delta(self.request.request_id, index, "", (), finish=Finish("abort")))
+
+    async def next_response(self) -> pb.GenerateResponse | None:
+        """What is new since the last call, in one message; None after the end. Raises the error the stream ended in.
+
+        A slow reader finds everything that came meanwhile in one message; `max_tokens` bounds it.
+        """
+        while not (self._pending or self.ended):
+            self._wake.clear()
+            await self._wake.wait()
+        if self._pending:
+            return self._take()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def _push(self, delta: Delta) -> None:
+        self._pending.append(delta)
+        if delta.finish is not None:
+            self._finishes[delta.index] = delta.finish.reason
+            if self.ended and self._series is not None:
+                self._series.e2e_latency.observe(self.age_s)
+        self._wake.set()
+
+    def _count(self, delta: Delta) -> None:
+        if self._cached_tokens is None:
+            self._cached_tokens = delta.cached_tokens
+        if not delta.token_ids or self._series is None:
+            return
+        now = self._clock()
+        last = self._last_token.get(delta.index)
+        if last is not None:
+            self._series.inter_token_latency.observe((now - last) / len(delta.token_ids))
+        elif not self._last_token:
+            self._series.time_to_first_token.observe(now - self._created)
+        self._last_token[delta.index] = now
+        self._num_completion_tokens += len(delta.token_ids)
+        self._series.generation_tokens.inc(len(delta.token_ids))
+
+    def _take(self) -> pb.GenerateResponse:
+        deltas, self._pending = self._pending, []
+        response = pb.GenerateResponse(
+            outputs=coalesce(deltas),
+            prompt_logprobs=[logprobs_to_proto(position) for delta in deltas for position in delta.prompt_logprobs],
+        )
+        if not self._written:
+            response.prompt.CopyFrom(self._prompt_info())
+            self._written = True
+        if self.ended and self.error is None:
+            response.usage.CopyFrom(self.usage)
+        return response
+
+    def _prompt_info(self) -> pb.PromptInfo:
+        return pb.PromptInfo(
+            request_id=self._client_id,
+            model=self._model,
+            num_tokens=len(self.request.token_ids),
+            seed=self.request.sampling.seed,
+            worker_id=self.worker_id,
+        )
+
+
+def coalesce(deltas: Sequence[Delta]) -> list[pb.OutputDelta]:
+    """One delta per output, in order of first appearance: texts and tokens joined, the finish kept."""
+    by_index: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    return [output_to_proto(_joined(of_output)) for of_output in by_index.values()]
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    if len(deltas) == 1:
+        return deltas[0]
+    return replace(
+        deltas[-1],  # a finish is on the last
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(position for delta in deltas for position in delta.logprobs),
+    )
