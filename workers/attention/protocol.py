@@ -19,7 +19,7 @@ SegmentKind = Literal["causal", "full"]
 class Segment:
     """Consecutive rows of the flat stream that attend to one run of keys.
 
-    `causal`: the rows are the last of the keys, so row i of num_rows sees the first num_keys - num_rows + 1 + i of them.
+    `causal`: the rows are the last of the keys, so row i sees the first num_keys - num_rows + 1 + i of them.
     `full`: every row sees every key. A row that appears in several segments gets their merge by log-sum-exp.
     """
 

@@ -41,7 +41,7 @@ class TorchEngine:
         self._cache = KVCache(num_pages=kv.num_pages, page_size=kv.page_size, prefix_cache=kv.prefix_cache)
         self._scheduler = Scheduler(self._limits(config), self._cache, self._eos)
         self._runner = Runner(
-            load_decoder(directory, dtype=dtype, device=device),
+            load_decoder(directory, dtype=dtype, device=device, max_context=self._info.max_context),
             TorchAttention(shape, dtype=dtype, device=device),
             page_size=kv.page_size,
             device=device,

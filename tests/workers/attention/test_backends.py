@@ -217,6 +217,7 @@ def test_keys_beyond_a_segment_are_never_read(duel: Duel) -> None:
     duel.backend.begin(everything)
     duel.backend.attend(0, query, ruined, ruined, window=None)
     script = Script(8, 16)
+    script.free.remove(0)  # its slots stay ruined
     sequences = [Grown() for _ in range(4)]
     duel.step(script.grow(*zip(sequences, (9, 17, 3, 20), strict=True)))
     duel.step(script.grow(*((sequence, 1) for sequence in sequences)))

@@ -66,6 +66,17 @@ def test_a_later_chunk_is_its_prefix_and_its_square_without_masks() -> None:
     assert (num_keys(square), square.is_causal, square.mask) == (100, True, None)
 
 
+def test_rows_that_share_prefixes_need_no_mask_of_their_own() -> None:
+    """Padding is the same for every row of a segment: the heads that share a key head stay one product."""
+    script = Script(0, SHAPE.num_pages)
+    prefixes = [script.prefix(start=0, end=pages * PAGE_SIZE)[0] for pages in (6, 8)]
+    leaves = [Grown((prefix,), length=prefix.end) for prefix in prefixes for _ in range(4)]
+    shared = [part for part in build(script.grow(*((leaf, 1) for leaf in leaves))) if num_keys(part) > 8]
+    assert [part.num_segments for part in shared] == [2]
+    assert shared[0].mask is not None
+    assert shared[0].mask.shape == (2, 1, 1, 8 * PAGE_SIZE)
+
+
 def test_a_window_bounds_the_keys_read() -> None:
     script = Script(0, SHAPE.num_pages)
     window, sequence = 64, Grown()

@@ -44,12 +44,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         rope(
             "yarn",
-            factor=4.0,
-            original_max_position_embeddings=32,
+            rope_theta=100.0,  # puts both ends of the ramp between two pairs, where truncate matters
+            factor=2.0,
+            original_max_position_embeddings=64,
             mscale=1.2,
             mscale_all_dim=0.7,
-            beta_fast=16.0,
-            beta_slow=2.0,
+            beta_fast=4.0,
+            beta_slow=0.5,
             truncate=False,
         ),
     ),
