@@ -100,10 +100,8 @@ def train_tokenizer(out: Path) -> PreTrainedTokenizerFast:
 def token_stream(tokenizer_dir: Path, split: Split) -> np.ndarray:
     """The split as one array of token ids, each document preceded by the end-of-text token. [tokens]"""
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    chunks = []
-    for encoding in tokenizer.encode_batch(list(documents(split)), add_special_tokens=False):
-        chunks.append(np.array([0, *encoding.ids], dtype=np.uint16))
-    return np.concatenate(chunks)
+    encodings = tokenizer.encode_batch(list(documents(split)), add_special_tokens=False)
+    return np.concatenate([np.array([0, *encoding.ids], dtype=np.uint16) for encoding in encodings])
 
 
 class Batches:
@@ -147,7 +145,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def objective_of(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss as a function of (inputs, labels): next tokens, and mostly the teacher's distribution if there is one."""
+    """The loss as a function of (inputs, labels): next tokens, or mostly the teacher's distribution."""
 
     def objective(inputs: Tensor, labels: Tensor) -> Tensor:
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -227,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> None:
     tokens = token_stream(HERE / "target", "heldout").astype(np.int64)
     rows = torch.from_numpy(tokens[: len(tokens) // (args.length + 1) * (args.length + 1)].reshape(-1, args.length + 1))
     pair = {name: load(HERE / name, args.device).float() for name in SHAPES}
-    losses = {name: 0.0 for name in SHAPES}
+    losses = dict.fromkeys(SHAPES, 0.0)
     agree = 0
     for row in rows.split(args.rows):
         row = row.to(args.device)

@@ -27,6 +27,7 @@ class RouterStatus:
     grpc: str
     metrics: str
     workers: Mapping[str, str]  # worker id to its metrics address
+    num_connected: int  # workers with an open session
 
 
 class MembershipFeed(RequestRouter):  # type: ignore[misc]
@@ -97,7 +98,11 @@ class Router:
 
     async def status(self) -> RouterStatus:
         """For the driver, through the Serve handle."""
-        return RouterStatus(self._router_id, self._address.grpc, self._address.metrics, self._worker_metrics)
+        assert self._server is not None
+        address = self._address
+        return RouterStatus(
+            self._router_id, address.grpc, address.metrics, self._worker_metrics, self._server.num_connected
+        )
 
     def check_health(self) -> None:
         """Called by Serve. Raises when this router can no longer serve; Serve then replaces the process."""

@@ -35,6 +35,7 @@ class RouterMetrics:
     """Every series of one router. prometheus_client makes updates from any thread safe."""
 
     def __init__(self) -> None:
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = prometheus.CollectorRegistry()
         self._ttft = prometheus.Histogram(
             "headwater_time_to_first_token_seconds",

@@ -69,6 +69,11 @@ class RouterServer:
         assert self._running is not None, "not started"
         self._running.fleet.set_members(workers)
 
+    @property
+    def num_connected(self) -> int:
+        """Workers with an open session."""
+        return 0 if self._running is None else self._running.fleet.num_connected
+
     async def stop(self, grace_s: float) -> None:
         """Refuse new work, let live requests end for up to `grace_s`, then end everything. Idempotent."""
         running, self._running = self._running, None

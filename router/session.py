@@ -38,7 +38,7 @@ _Call = grpc.aio.StreamStreamCall[session_pb.RouterFrame, session_pb.WorkerFrame
 logger = logging.getLogger(__name__)
 
 
-class SessionLost(Exception):  # noqa: N818
+class SessionLost(Exception):
     """Ends one connection; never leaves this file."""
 
     def __init__(self, reason: LossReason, detail: str) -> None:

@@ -20,6 +20,7 @@ SETTINGS = (
     "router.metrics.port=0",
     "router.limits.max_queued_requests=24",
     "router.sessions.max_in_flight=40",
+    "router.limits.max_continuations=16",
     "worker.metrics.port=0",
     "worker.engine.threads=1",
     "worker.engine.kv.num_pages=1024",

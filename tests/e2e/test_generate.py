@@ -36,7 +36,7 @@ def alone(root: Path, ids: list[int], **sampling: Any) -> list[int]:
 async def idle(cluster: Cluster) -> None:
     """Wait until no worker holds a page for anybody."""
     async with asyncio.timeout(10):
-        for address in cluster.workers.values():
+        for address in cluster.worker_metrics():
             while (await asyncio.to_thread(scrape, address))["headwater_kv_pages_in_use"] > 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
@@ -106,7 +106,7 @@ async def test_a_cancelled_stream_frees_its_pages(client: Client, cluster: Clust
     streams = [client.generate("while True:", max_tokens=30_000, ignore_eos=True) for _ in range(6)]
     for stream in streams:
         await anext(stream)
-    used = [scrape(address)["headwater_kv_pages_in_use"] for address in cluster.workers.values()]
+    used = [scrape(address)["headwater_kv_pages_in_use"] for address in cluster.worker_metrics()]
     assert sum(used) >= 6
     for stream in streams:
         await stream.aclose()
@@ -162,7 +162,7 @@ BAD: list[tuple[dict[str, Any], type[HeadwaterError], str]] = [
     ({"prompt": "a", "stop": ["x"] * 100}, InvalidParameter, "stop"),
     ({"prompt": "a", "stop": ["x" * 1000]}, InvalidParameter, "stop"),
     ({"prompt": "a", "model": "gpt"}, UnknownModel, "target"),
-    ({"prompt": "a" * 5_000_000}, MessageTooLarge, ""),
+    ({"prompt": "a" * 5_000_000}, MessageTooLarge, "larger than max"),
 ]
 
 

@@ -46,7 +46,7 @@ async def test_health_and_reflection(target: str) -> None:
 async def test_router_and_workers_count_the_same_tokens(client: Client, cluster: Cluster) -> None:
     def totals() -> tuple[float, float]:
         router = scrape(cluster.endpoints[0].metrics)["headwater_generation_tokens_total"]
-        workers = sum(scrape(address)["vllm:generation_tokens_total"] for address in cluster.workers.values())
+        workers = sum(scrape(address)["vllm:generation_tokens_total"] for address in cluster.worker_metrics())
         return router, workers
 
     before = await asyncio.to_thread(totals)

@@ -1,0 +1,60 @@
+# The one command set, for a laptop and for CI. `make help` lists it.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/v1/*.proto)
+STUBS := $(PROTOS:.proto=_pb2.py)
+CONFIG ?= deploy/config/laptop.yaml
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup proto serve test soak check bench clean
+
+help: ## List the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed $(STUBS) ## Make the virtual environment and generate the gRPC code; quick when nothing changed
+
+proto: $(STUBS) ## Generate the gRPC code from protos/v1/*.proto
+
+serve: setup ## Run a whole cluster on this machine (CONFIG=a.yaml ARGS="--set a.b=c")
+	$(BIN)/headwater serve --config $(CONFIG) $(ARGS)
+
+test: setup ## Run the tests, without the long ones
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+soak: setup ## Run the long tests
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: setup node_modules/.installed ## Check format, lint, types, import directions and protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	node_modules/.bin/buf lint
+
+bench: setup ## Run the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## Remove everything that the other commands made
+	rm -rf $(VENV) node_modules build .headwater *.egg-info .*_cache .hypothesis .import_linter_cache
+	rm -f protos/v1/*_pb2*.py protos/v1/*_pb2*.pyi
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that pip may take the CPU build where its configuration offers one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: install Python 3.11, or name another with 'make $(MAKECMDGOALS) PYTHON=/path/to/python' (3.11 or 3.12)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+protos/v1/%_pb2.py: protos/v1/%.proto $(VENV)/.installed
+	PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $<
+	@touch $@
+
+node_modules/.installed: package.json package-lock.json
+	@command -v npm >/dev/null || { echo "npm is not on the PATH: install Node.js 18 or later; 'make check' lints the protos with buf"; exit 2; }
+	npm install --no-save --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@

@@ -1,0 +1,114 @@
+"""The composition root: one configuration in, one Ray Serve application out."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from cluster.config import HeadwaterConfig, from_tree, load
+from protos.errors import ConfigError
+from router.deployment import MembershipFeed, Router
+from workers.deployment import Worker
+
+APP_NAME = "headwater"
+WORKER_NAME = "Worker"
+ROUTER_NAME = "Router"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+SHUTDOWN_MARGIN_S = 2.0  # between the end of a drain and Serve's kill
+MAX_CONTROL_CALLS = 100
+
+
+def build(config: HeadwaterConfig, *, local: bool = False) -> Application:
+    """Workers, and routers that follow them. `local`: everything shares this machine's cores and ports."""
+    token = session_token(config)
+    return _router(config, token, _worker(config, token, local=local), local=local)
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """For Serve config files and RayService: `args` is the tree itself, or {config: a file, set: [overrides]}."""
+    if "config" in args:
+        return build(load(Path(args["config"]), args.get("set", ())))
+    return build(from_tree(args, source="the application's args"))
+
+
+def session_token(config: HeadwaterConfig) -> str:
+    """What routers show to workers: the file's content, or a new secret for this run. Raises ConfigError."""
+    path = config.cluster.session_token_file
+    if path is None:
+        return secrets.token_urlsafe(32)
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"`cluster.session_token_file`: {path} cannot be read ({error.strerror})") from None
+    if not token:
+        raise ConfigError(f"`cluster.session_token_file`: {path} is empty; put a long random string in it")
+    return token
+
+
+def threads_per_worker(config: HeadwaterConfig, *, local: bool) -> int:
+    """CPU threads of one engine: as configured, else its share of this machine, else what it reserves on its node."""
+    if config.worker.engine.threads is not None:
+        return config.worker.engine.threads
+    share = num_cores() / config.cluster.num_workers if local else config.cluster.worker_cpus
+    return max(1, math.floor(share))
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _worker(config: HeadwaterConfig, token: str, *, local: bool) -> Application:
+    threads = threads_per_worker(config, local=local)
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # read once, when torch loads
+    return serve.deployment(
+        Worker,
+        name=WORKER_NAME,
+        num_replicas=config.cluster.num_workers,
+        ray_actor_options={"num_cpus": config.cluster.worker_cpus, "runtime_env": {"env_vars": environment}},
+        request_router_config=RequestRouterConfig(request_router_class=MembershipFeed),
+        **_life(config),
+    ).bind(
+        config.worker,
+        session_token=token,
+        threads=threads,
+        drain_timeout_s=config.cluster.drain_timeout_s,
+    )
+
+
+def _router(config: HeadwaterConfig, token: str, workers: Application, *, local: bool) -> Application:
+    placement = {} if local else {"max_replicas_per_node": 1}  # its ports are fixed
+    return serve.deployment(
+        Router,
+        name=ROUTER_NAME,
+        num_replicas=config.cluster.num_routers,
+        ray_actor_options={"num_cpus": config.cluster.router_cpus},
+        **placement,
+        **_life(config),
+    ).bind(
+        workers,
+        config.router,
+        model_name=config.worker.model.served_name,
+        tokenizer_dir=config.worker.model.path,
+        session_token=token,
+        drain_timeout_s=config.cluster.drain_timeout_s,
+    )
+
+
+def _life(config: HeadwaterConfig) -> dict[str, Any]:
+    """What Serve is told alike about every process."""
+    return {
+        "max_ongoing_requests": MAX_CONTROL_CALLS,
+        "health_check_period_s": config.cluster.health_check_period_s,
+        "health_check_timeout_s": config.cluster.health_check_timeout_s,
+        "graceful_shutdown_timeout_s": config.cluster.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "logging_config": QUIET,
+    }

@@ -1,0 +1,37 @@
+"""`headwater`: run a cluster, and talk to one. Starts fast: each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from cluster.commands.generate import generate
+from cluster.commands.inspect import models, score, tokenize
+from cluster.commands.serve import serve
+from protos.errors import HeadwaterError, SetupError
+
+app = typer.Typer(
+    name="headwater",
+    help="Distributed LLM serving: shared prefixes stored once and computed once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (serve, generate, score, tokenize, models):
+    app.command()(command)
+
+
+def main() -> None:
+    """The console script. Exits 0 when done, 1 on a request's error, 2 on a wrong set-up or usage, 130 on Ctrl-C."""
+    try:
+        app()
+    except HeadwaterError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {type(error).__name__}: ", end="")
+        print(error.message, file=sys.stderr)
+        sys.exit(2 if isinstance(error, SetupError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The one configuration tree: read and checked before anything starts, for a laptop and for a cluster alike.
+
+Imports nothing heavy. A file and any number of `a.b=c` overrides become one frozen HeadwaterConfig, or one ConfigError
+that names the source, the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from protos.errors import ConfigError
+from router.config import RouterConfig, Section
+from workers.config import WorkerConfig
+
+Tree: TypeAlias = dict[str, Any]
+
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+
+class RaySection(Section):
+    """The Ray cluster that everything runs on."""
+
+    address: str = Field(default="", description="A running Ray cluster to join; empty: start one on this machine.")
+    num_cpus: int | None = Field(default=None, ge=1, description="CPUs of a local Ray; empty: every core.")
+    temp_dir: Path | None = Field(default=None, description="Parent of a local Ray's files; empty: the system's.")
+    object_store_bytes: int = Field(default=100 << 20, ge=75 << 20, description="A local Ray's shared memory, bytes.")
+    dashboard: bool = Field(default=False, description="Start a local Ray's dashboard.")
+
+    @property
+    def is_local(self) -> bool:
+        return not self.address
+
+
+class ClusterSection(Section):
+    """How many of what, where, and how long to wait for them."""
+
+    num_workers: int = Field(default=2, ge=1, description="Workers: engines.")
+    num_routers: int = Field(default=1, ge=1, description="Routers: ingresses; across nodes one per node at most.")
+    worker_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one worker reserves.")
+    router_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one router reserves.")
+    ready_timeout_s: float = Field(default=120.0, gt=0, description="Longest wait for everything to be up, seconds.")
+    drain_timeout_s: float = Field(default=20.0, ge=0, description="Longest wait for live streams on stop, seconds.")
+    health_check_period_s: float = Field(default=0.5, gt=0, description="Between two checks of one process, seconds.")
+    health_check_timeout_s: float = Field(default=5.0, gt=0, description="Silence that fails a check, seconds.")
+    session_token_file: Path | None = Field(
+        default=None, description="Holds the secret that routers show to workers; empty: a new one for each run."
+    )
+    log_dir: Path = Field(default=Path(".headwater/logs"), description="Where the driver's log goes.")
+    ray: RaySection = RaySection()
+
+
+class HeadwaterConfig(Section):
+    """Everything that can be set. `worker.model` is the model that the whole cluster serves."""
+
+    router: RouterConfig = RouterConfig()
+    worker: WorkerConfig = WorkerConfig()
+    cluster: ClusterSection = ClusterSection()
+
+    def dump(self) -> str:
+        """The resolved tree as YAML, secrets masked."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> HeadwaterConfig:
+    """The tree in `path` (none: all defaults) with each `a.b=c` applied. Raises ConfigError."""
+    tree = _read(path) if path else {}
+    origin = {key: _override(tree, text, key, value) for text in overrides for key, value in [_split(text)]}
+    return from_tree(tree, source=str(path) if path else "the defaults", origin=origin)
+
+
+def from_tree(tree: Mapping[str, Any], *, source: str, origin: Mapping[str, str] | None = None) -> HeadwaterConfig:
+    """A checked tree. `origin` says which override set a key; `source` stands for the others. Raises ConfigError."""
+    try:
+        config = HeadwaterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, source, origin or {}) for item in error.errors())) from None
+    return _with_model_found(config)
+
+
+def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of those below it, dotted."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in get_args(field.annotation) or (field.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from key_paths(kind, f"{prefix}{name}.")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key given twice: YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in lines:
+                raise ConfigError(f"lines {lines[key]} and {line} both give the key `{key}`; keep one")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Tree:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing file with --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path}: the top must be keys and values such as `cluster:`, not a {type(tree).__name__}")
+    return tree or {}
+
+
+def _split(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise ConfigError(f"--set {text}: write it as key.path=value, for example cluster.num_workers=2")
+    try:
+        return key.strip(), yaml.load(value, _UniqueKeyLoader)
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(tree: Tree, text: str, key: str, value: Any) -> str:
+    """Put `value` at `key`; the source to name should it be wrong."""
+    *parents, leaf = key.split(".")
+    for name in parents:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[leaf] = value
+    return f"--set {text}"
+
+
+def _explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    where = next((text for set_key, text in origin.items() if _overlap(key, set_key)), source)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: there is no key `{key}`{_suggestion(key)}"
+    message = item["msg"].removeprefix("Value error, ")
+    at = f"`{key}`: " if key else ""
+    return (
+        f"{where}: {at}{message}, got {item['input']!r}" if item["type"] != "value_error" else f"{where}: {at}{message}"
+    )
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one key is the other or lies below it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _suggestion(key: str) -> str:
+    """The nearest real key: the same name elsewhere, else a sibling with a like name, else the likeliest whole path."""
+    paths = list(key_paths(HeadwaterConfig))
+    parent, _, name = key.rpartition(".")
+    siblings = {path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == parent}
+    if same := [path for path in paths if path.rpartition(".")[2] == name]:
+        return f"; did you mean `{same[0]}`?"
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return f"; did you mean `{siblings[near[0]]}`?"
+    if likely := difflib.get_close_matches(key, paths, n=1):
+        return f"; did you mean `{likely[0]}`?"
+    return f"; valid keys there: {', '.join(siblings)}" if siblings else ""
+
+
+def _with_model_found(config: HeadwaterConfig) -> HeadwaterConfig:
+    """A relative model path made absolute: under the current directory, else beside the packages, else left alone."""
+    path = config.worker.model.path
+    found = next((base / path for base in (Path.cwd(), PACKAGE_ROOT) if (base / path).is_dir()), path)
+    model = config.worker.model.model_copy(update={"path": found})
+    return config.model_copy(update={"worker": config.worker.model_copy(update={"model": model})})
