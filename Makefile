@@ -34,8 +34,8 @@ check: setup node_modules/.installed ## Check format, lint, types, import direct
 	$(BIN)/lint-imports
 	node_modules/.bin/buf lint
 
-bench: setup ## Run the benchmarks
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: setup ## Measure a cluster that `make serve` runs in another terminal
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## Remove everything that the other commands made
 	rm -rf $(VENV) node_modules build .headwater *.egg-info .*_cache .hypothesis .import_linter_cache

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine is taken for broken
 ENDED_DEADLINES = 1024  # deadlines of ended requests kept before they are cleared out
-IDLE_WAIT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +147,12 @@ class EngineLoop:
             raise EngineFailure(f"a step has been running for more than {self._stall_s} s")
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the step it is in, and close the engine."""
+        """End the thread after the step it is in. The engine is its maker's to close."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        self._engine.close()
 
     def _put(self, command: _Submitted | _Cancelled) -> None:
         with self._wake:
@@ -170,16 +168,16 @@ class EngineLoop:
                 self._take_commands(outgoing)
                 self._expire(outgoing)
                 self._step(outgoing)
+                self._load, self._stats = self._engine.load(), self._engine.stats()
             except Exception as error:
                 log.exception("the engine loop failed")
                 self._break(f"the engine failed: {error}", outgoing)
-            self._load, self._stats = self._engine.load(), self._engine.stats()
             self._send(outgoing)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
             while not self._stopping and not self._inbox and not self._live:
-                self._wake.wait(IDLE_WAIT_S)
+                self._wake.wait()
             return not self._stopping
 
     def _take_commands(self, outgoing: _Outgoing) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
 import grpc
@@ -55,44 +55,59 @@ class WorkerServer:
         self._threads = threads
         self._sessions: dict[int, asyncio.Queue[pb.WorkerFrame | None]] = {}
         self._num_sessions = 0
+        self._loop: EngineLoop | None = None  # until started
+        self._exits = AsyncExitStack()
+
+    @property
+    def _engine(self) -> EngineLoop:
+        assert self._loop is not None, "not started"
+        return self._loop
 
     async def start(self) -> WorkerAddress:
-        """Load the model, start the engine and listen. Raises SetupError."""
+        """Load the model, start the engine and listen. Raises SetupError, and then nothing is left behind."""
+        async with AsyncExitStack() as exits:
+            address = await self._start(exits)
+            self._exits = exits.pop_all()
+        return address
+
+    async def _start(self, exits: AsyncExitStack) -> WorkerAddress:
         config = self._config
-        self._metrics = WorkerMetrics(model_name=config.model.served_name, worker_id=self._worker_id)
+        metrics = WorkerMetrics(model_name=config.model.served_name, worker_id=self._worker_id)
         engine = await asyncio.to_thread(make_engine, config, threads=self._threads)
+        exits.callback(engine.close)
         self._model = engine.model
         event_loop = asyncio.get_running_loop()
 
         def deliver(frames: list[Frame]) -> None:
             event_loop.call_soon_threadsafe(self._deliver, frames)
 
-        self._engine = EngineLoop(
-            engine,
-            _load_tokenizer(config),
-            self._metrics,
-            deliver=deliver,
-            stall_s=config.engine.stall_s,
-        )
-        self._metrics.watch(lambda: self._engine.load, lambda: self._engine.stats)
+        loop = EngineLoop(engine, _load_tokenizer(config), metrics, deliver=deliver, stall_s=config.engine.stall_s)
+        metrics.watch(lambda: loop.load, lambda: loop.stats)
         port = config.metrics.port + self._local_rank if config.metrics.port else 0
-        self._scrape = MetricsServer(self._metrics.registry, host=config.metrics.host, port=port)
-        self._server, session_port = await self._listen(config.session.host)
-        self._engine.start()
-        return WorkerAddress(f"{config.session.host}:{session_port}", self._scrape.address)
+        scrape = MetricsServer(metrics.registry, host=config.metrics.host, port=port)
+        exits.push_async_callback(asyncio.to_thread, scrape.stop)
+        loop.start()
+        exits.push_async_callback(asyncio.to_thread, loop.stop)
+        self._loop = loop
+        server, session_port = await self._listen(config.session.host)
+        exits.push_async_callback(server.stop, STOP_GRACE_S)
+        return WorkerAddress(f"{config.session.host}:{session_port}", scrape.address)
 
     def check(self) -> None:
         """Raises EngineFailure if the engine is broken or hangs."""
-        self._engine.check()
+        if self._loop is not None:
+            self._loop.check()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for live ones; False if some are left after `timeout_s`."""
-        self._engine.drain()
+        if self._loop is None:
+            return True
+        self._loop.drain()
         for queue in self._sessions.values():
             queue.put_nowait(self._heartbeat())
         try:
             async with asyncio.timeout(timeout_s):
-                while self._engine.num_live:  # noqa: ASYNC110 - the engine's thread has no event to await
+                while self._loop.num_live:  # noqa: ASYNC110 - the engine's thread has no event to await
                     await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
             return False
@@ -102,16 +117,14 @@ class WorkerServer:
         """End every session, then the engine. Idempotent."""
         for queue in self._sessions.values():
             queue.put_nowait(None)
-        await self._server.stop(STOP_GRACE_S)
-        await asyncio.to_thread(self._engine.stop)
-        await asyncio.to_thread(self._scrape.stop)
+        await self._exits.aclose()
 
     async def session(self, frames: AsyncIterator[pb.RouterFrame]) -> AsyncGenerator[pb.WorkerFrame, None]:
         """Serve one router: its work goes to the engine, the engine's frames and heartbeats come out."""
         self._num_sessions += 1
         session = self._num_sessions
         queue = self._sessions[session] = asyncio.Queue()
-        reader = asyncio.create_task(self._read(session, frames))
+        reader = asyncio.create_task(self._read(session, frames, queue))
         try:
             yield pb.WorkerFrame(hello=self._hello())
             while (frame := await self._next_frame(queue)) is not None:
@@ -120,7 +133,9 @@ class WorkerServer:
             del self._sessions[session]
             self._engine.cancel(session)
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            [ending] = await asyncio.gather(reader, return_exceptions=True)
+            if isinstance(ending, Exception):
+                log.error("a router's frames could not be read", exc_info=ending)
 
     async def _listen(self, host: str) -> tuple[grpc.aio.Server, int]:
         options = [
@@ -139,12 +154,18 @@ class WorkerServer:
         await server.start()
         return server, port
 
-    async def _read(self, session: int, frames: AsyncIterator[pb.RouterFrame]) -> None:
-        async for frame in frames:
-            for submit in frame.submit:
-                self._engine.submit(session, convert.submit_from_proto(submit))
-            for cancel in frame.cancel:
-                self._engine.cancel(session, cancel.request_id)
+    async def _read(
+        self, session: int, frames: AsyncIterator[pb.RouterFrame], queue: asyncio.Queue[pb.WorkerFrame | None]
+    ) -> None:
+        """Hand a router's work to the engine; the session ends when the router says no more."""
+        try:
+            async for frame in frames:
+                for submit in frame.submit:
+                    self._engine.submit(session, convert.submit_from_proto(submit))
+                for cancel in frame.cancel:
+                    self._engine.cancel(session, cancel.request_id)
+        finally:
+            queue.put_nowait(None)
 
     async def _next_frame(self, queue: asyncio.Queue[pb.WorkerFrame | None]) -> pb.WorkerFrame | None:
         """The next frame, or a heartbeat after silence; None when the session must end."""
