@@ -8,7 +8,6 @@ prefix hits, decoding, preemption (num_computed falls to zero) and resuming on a
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
@@ -305,11 +304,6 @@ class Scheduler:
         group.remove(sequence)
         if not group:
             del self._live[sequence.request.request_id]
-
-    def sequences(self) -> Iterator[Sequence]:
-        """Every live sequence."""
-        for group in self._live.values():
-            yield from group
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:
