@@ -93,8 +93,21 @@ def train_tokenizer(out: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
     )
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write tokenizer.json, and a config that transformers 4 and 5 and vLLM all read."""
+    tokenizer.save_pretrained(out)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def token_stream(tokenizer_dir: Path, split: Split) -> np.ndarray:
@@ -212,7 +225,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     copy.load_state_dict(model.state_dict())
     copy.generation_config.eos_token_id = 0
     copy.to(torch.bfloat16).save_pretrained(out, max_shard_size=SHARD_SIZE)
-    tokenizer.save_pretrained(out)
+    for file in out.iterdir():
+        file.chmod(0o644)
+    save_tokenizer(tokenizer, out)
 
 
 def load(directory: Path, device: str) -> LlamaForCausalLM:
