@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cluster.config import HeadwaterConfig, load
 from cluster.lifecycle import Cluster
 from protos.client import Client, RetryPolicy
 
+HEADWATER = Path(sys.executable).with_name("headwater")  # the command line
 NUM_WORKERS = 2
 SETTINGS = (
     f"cluster.num_workers={NUM_WORKERS}",

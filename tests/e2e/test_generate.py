@@ -22,6 +22,7 @@ from protos.errors import (
     TokenOutOfRange,
     UnknownModel,
 )
+from tests.e2e.conftest import HEADWATER
 from tests.metrics import scrape
 from tests.workers.engine.drive import request, run, torch_engine
 
@@ -33,18 +34,26 @@ def alone(root: Path, ids: list[int], **sampling: Any) -> list[int]:
     return run(torch_engine(root / "models" / "target"), request("a", ids, **sampling))["a", 0].tokens
 
 
+async def pages_in_use(cluster: Cluster) -> float:
+    """Pages that the workers hold for live outputs, as their metrics say."""
+
+    def read() -> float:
+        return sum(scrape(address)["headwater_kv_pages_in_use"] for address in cluster.worker_metrics())
+
+    return await asyncio.to_thread(read)
+
+
 async def idle(cluster: Cluster) -> None:
     """Wait until no worker holds a page for anybody."""
     async with asyncio.timeout(10):
-        for address in cluster.worker_metrics():
-            while (await asyncio.to_thread(scrape, address))["headwater_kv_pages_in_use"] > 0:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+        while await pages_in_use(cluster) > 0:  # noqa: ASYNC110 - it polls from outside
+            await asyncio.sleep(0.05)
 
 
 async def test_concurrent_streams_say_what_the_engine_says_alone(client: Client, root: Path) -> None:
     prompts = [f"{prompt}{i}" for i, prompt in itertools.product(range(4), PROMPTS)]
     answers = await asyncio.gather(*(client.complete(p, temperature=0, max_tokens=12) for p in prompts))
-    assert {answer.prompt.worker_id for answer in answers}.__len__() == 2
+    assert len({answer.prompt.worker_id for answer in answers}) == 2
     for prompt, answer in list(zip(prompts, answers, strict=True))[::5]:
         ids = list(await client.tokenize(prompt))
         assert list(answer.outputs[0].token_ids) == alone(root, ids, max_tokens=12)
@@ -53,7 +62,7 @@ async def test_concurrent_streams_say_what_the_engine_says_alone(client: Client,
 
 
 async def test_a_seed_gives_the_same_text_on_any_worker(client: Client) -> None:
-    answers = await asyncio.gather(*(client.complete("def ", seed=7, max_tokens=16) for _ in range(12)))
+    answers = await asyncio.gather(*(client.complete("def ", seed=7, max_tokens=64) for _ in range(12)))
     assert len({answer.prompt.worker_id for answer in answers}) == 2
     assert len({answer.text for answer in answers}) == 1
     chosen = await client.complete("def ", max_tokens=16)
@@ -106,10 +115,29 @@ async def test_a_cancelled_stream_frees_its_pages(client: Client, cluster: Clust
     streams = [client.generate("while True:", max_tokens=30_000, ignore_eos=True) for _ in range(6)]
     for stream in streams:
         await anext(stream)
-    used = [scrape(address)["headwater_kv_pages_in_use"] for address in cluster.worker_metrics()]
-    assert sum(used) >= 6
+    assert await pages_in_use(cluster) >= 6
     for stream in streams:
         await stream.aclose()
+    await idle(cluster)
+
+
+async def test_a_client_that_goes_away_frees_its_pages(target: str, cluster: Cluster) -> None:
+    async with Client(target) as leaver:
+        streams = [leaver.generate("while True:", max_tokens=30_000, ignore_eos=True) for _ in range(4)]
+        for stream in streams:
+            await anext(stream)
+        assert await pages_in_use(cluster) >= 4
+    await idle(cluster)
+
+
+async def test_a_client_that_is_killed_frees_its_pages(target: str, cluster: Cluster) -> None:
+    command = [HEADWATER, "generate", "while True:", "--target", target, "--max-tokens", "30000", "--ignore-eos"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert await process.stdout.read(1)
+    assert await pages_in_use(cluster) >= 1
+    process.kill()
+    await process.wait()
     await idle(cluster)
 
 

@@ -36,7 +36,7 @@ async def healed(client: Client) -> None:
     async with asyncio.timeout(60):
         while [model.num_workers for model in await client.models()] != [NUM_WORKERS]:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-    answers = await asyncio.gather(*(client.complete("x", max_tokens=4) for _ in range(8)))
+    answers = await asyncio.gather(*(client.complete("x", max_tokens=100, ignore_eos=True) for _ in range(8)))
     assert len({answer.prompt.worker_id for answer in answers}) == NUM_WORKERS
 
 

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-HEADWATER = Path(sys.executable).with_name("headwater")
+from tests.e2e.conftest import HEADWATER
+
 FREE_PORTS = ("router.grpc.port=0", "router.metrics.port=0", "worker.metrics.port=0", "worker.engine.threads=1")
 
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import sys
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -11,9 +9,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.lifecycle import Cluster
 from protos.client import Client
+from tests.e2e.conftest import HEADWATER
 from tests.metrics import scrape
-
-HEADWATER = Path(sys.executable).with_name("headwater")
 
 
 async def command_line(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
