@@ -11,7 +11,7 @@ from bisect import insort
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
-from protos.errors import DuplicateRequest, InvalidParameter, Overloaded, PromptTooLong
+from protos.errors import DuplicateRequest, EmptyPrompt, Overloaded, PromptTooLong
 from protos.messages import Finish, Load, Request, TokenDelta
 from workers.kv.cache import KVCache, PageCopy, PageTable
 from workers.scheduler.sequence import Sequence
@@ -186,7 +186,7 @@ class Scheduler:
         if request.request_id in self._live:
             raise DuplicateRequest(f"request {request.request_id!r} is running already; choose another id")
         if num_prompt == 0:
-            raise InvalidParameter("a request needs at least one prompt token")
+            raise EmptyPrompt("the prompt has no tokens; give at least one")
         if num_total > self._limits.max_context:
             raise PromptTooLong(
                 f"prompt {num_prompt} + max_tokens {sampling.max_tokens} = {num_total} tokens exceed the context of "

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.errors import DuplicateRequest, Overloaded, PromptTooLong
+from protos.errors import DuplicateRequest, EmptyPrompt, Overloaded, PromptTooLong
 from protos.messages import ResumePoint
 from tests.workers.scheduler.toy import Toy, expected
 
@@ -139,6 +139,8 @@ def test_a_resumed_request_continues_where_it_was() -> None:
 
 def test_requests_that_can_never_run_are_refused() -> None:
     toy = Toy(num_pages=4, max_context=100)
+    with pytest.raises(EmptyPrompt):
+        toy.add("a", [])
     with pytest.raises(PromptTooLong, match="context of 100"):
         toy.add("a", [1] * 99)
     with pytest.raises(PromptTooLong, match="KV memory of 16"):
