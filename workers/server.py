@@ -130,7 +130,7 @@ class WorkerServer:
             while (frame := await self._next_frame(queue)) is not None:
                 yield frame
         finally:
-            del self._sessions[session]
+            self._sessions.pop(session, None)
             self._engine.cancel(session)
             reader.cancel()
             [ending] = await asyncio.gather(reader, return_exceptions=True)
@@ -169,9 +169,6 @@ class WorkerServer:
 
     async def _next_frame(self, queue: asyncio.Queue[pb.WorkerFrame | None]) -> pb.WorkerFrame | None:
         """The next frame, or a heartbeat after silence; None when the session must end."""
-        if queue.qsize() > self._config.session.max_queued_frames:
-            log.warning("a router reads too slowly: %d frames wait; its session ends", queue.qsize())
-            return None
         try:
             return await asyncio.wait_for(queue.get(), self._config.session.heartbeat_s)
         except TimeoutError:
@@ -181,7 +178,17 @@ class WorkerServer:
     def _deliver(self, frames: list[Frame]) -> None:
         for frame in frames:
             if queue := self._sessions.get(frame.session):
-                queue.put_nowait(_to_proto(frame))
+                self._queue(frame, queue)
+
+    def _queue(self, frame: Frame, queue: asyncio.Queue[pb.WorkerFrame | None]) -> None:
+        """Queue a frame; a router that leaves too many unread loses its session and its requests at once."""
+        if queue.qsize() < self._config.session.max_queued_frames:
+            queue.put_nowait(_to_proto(frame))
+            return
+        log.warning("a router reads too slowly: %d frames wait; its session ends", queue.qsize())
+        del self._sessions[frame.session]
+        self._engine.cancel(frame.session)
+        queue.put_nowait(None)
 
     def _heartbeat(self) -> pb.WorkerFrame:
         return pb.WorkerFrame(heartbeat=pb.Heartbeat(load=convert.load_to_proto(self._engine.load)))

@@ -30,9 +30,10 @@ async def one_call(client: Client, draw: random.Random, tally: Tally) -> None:
     kind = draw.choice(["plain", "plain", "several", "cancel", "bad"])
     prompt = "def f" * draw.randint(1, 60)
     max_tokens = draw.randint(1, 80)
+    num_outputs = draw.randint(2, 4) if kind == "several" else 1
     stream = client.generate(
         prompt,
-        n=draw.randint(2, 4) if kind == "several" else 1,
+        n=num_outputs,
         top_p=7.0 if kind == "bad" else 0.9,
         max_tokens=max_tokens,
         ignore_eos=True,
@@ -52,7 +53,7 @@ async def one_call(client: Client, draw: random.Random, tally: Tally) -> None:
         tally.lost += 1
     else:
         assert kind != "bad"
-        assert ends >= 1
+        assert ends == num_outputs
         tally.served += 1
 
 

@@ -19,6 +19,7 @@ from workers.engine.fake import FakeEngine, next_token
 from workers.server import TOKEN_KEY, WorkerAddress, WorkerServer
 
 TOKEN = "secret"
+MAX_QUEUED_FRAMES = 200
 
 
 class Session:
@@ -56,7 +57,7 @@ async def running(target_dir: Path, *, step_s: float = 0.0) -> AsyncIterator[tup
     config = WorkerConfig(
         model=ModelSection(path=target_dir),
         engine=EngineSection(kind="fake"),
-        session=SessionSection(heartbeat_s=0.05),
+        session=SessionSection(heartbeat_s=0.05, max_queued_frames=MAX_QUEUED_FRAMES),
         metrics=MetricsSection(port=0),
     )
     server = WorkerServer(config, worker_id="w0", session_token=TOKEN)
@@ -178,6 +179,19 @@ async def test_draining_ends_live_requests_and_refuses_new_ones(target_dir: Path
         assert isinstance(failure, Failure)
         assert failure.kind == "Draining"
         assert await drained
+        await session.channel.close()
+
+
+async def test_a_router_that_does_not_read_loses_its_session_not_our_memory(target_dir: Path) -> None:
+    async with running(target_dir, step_s=0.001) as (server, address):
+        session = Session(address.session)
+        await session.read()
+        [queue] = server._sessions.values()
+        queue.get = asyncio.Event().wait  # type: ignore[method-assign, assignment]  # as if every write blocked
+        await session.submit(request("a", max_tokens=100_000))
+        await eventually(lambda: not server._sessions)
+        await eventually(lambda: server._engine.num_live == 0)
+        assert queue.qsize() <= MAX_QUEUED_FRAMES + 1
         await session.channel.close()
 
 
