@@ -324,7 +324,13 @@ def _channel(target: str, tls: ClientTLS | None) -> grpc.aio.Channel:
 
 
 def _remaining_s(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+    """Raises DeadlineExceeded once no time is left: such a call is not worth sending."""
+    if deadline is None:
+        return None
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
+        raise errors.DeadlineExceeded("the call's time was over before it was sent; give it a longer timeout")
+    return remaining_s
 
 
 def _set_content(
