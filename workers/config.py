@@ -56,12 +56,42 @@ class SchedulerSection(Section):
         return self
 
 
+class KernelsSection(Section):
+    """The native kernels of the torch engine on CPUs."""
+
+    variant: Literal["auto", "off", "amx", "avx512_bf16", "avx512", "avx2", "generic"] = Field(
+        default="auto", description="Instruction set; auto: the best here, or torch without a compiler; off: torch."
+    )
+    directory: Path | None = Field(default=None, description="Where they are kept; empty: ~/.cache/headwater/kernels.")
+
+
+class SharingSection(Section):
+    """Attention computed together for sequences whose prompts begin alike."""
+
+    mode: Literal["planned", "never", "root", "all"] = Field(
+        default="planned", description="planned: where it pays; never; root: the first level only; all: every level."
+    )
+    deterministic: bool = Field(
+        default=False, description="The same bits whatever runs beside a request; never shares."
+    )
+
+    @model_validator(mode="after")
+    def _deterministic_never_shares(self) -> SharingSection:
+        if self.deterministic and self.mode in ("root", "all"):
+            raise ValueError(
+                f"deterministic excludes mode {self.mode}: results would depend on who shares; leave mode out"
+            )
+        return self
+
+
 class EngineSection(Section):
     """What computes the tokens."""
 
     kind: Literal["torch", "fake"] = Field(default="torch", description="`fake` computes nothing: for tests.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; empty: this worker's share of the cores.")
     stall_s: float = Field(default=120.0, gt=0, description="A step longer than this means a hung engine, seconds.")
+    kernels: KernelsSection = KernelsSection()
+    sharing: SharingSection = SharingSection()
     kv: KVSection = KVSection()
     scheduler: SchedulerSection = SchedulerSection()
 

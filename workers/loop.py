@@ -10,7 +10,7 @@ import heapq
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -55,7 +55,8 @@ class _Live:
     """A request that has not ended. Mutated only by EngineLoop."""
 
     session: int
-    request: Request  # with the caller's id
+    request_id: str  # the caller's
+    num_prompt: int
     outputs: dict[int, OutputText]
     arrived: float
     started: float | None = None
@@ -68,10 +69,10 @@ class _Live:
 class _Outgoing:
     """What one step has to say, by session."""
 
-    by_session: dict[int, list[Delta | Failure]] = field(default_factory=dict)
+    by_session: defaultdict[int, list[Delta | Failure]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, session: int, delta: Delta | Failure) -> None:
-        self.by_session.setdefault(session, []).append(delta)
+        self.by_session[session].append(delta)
 
 
 class EngineLoop:
@@ -208,7 +209,9 @@ class EngineLoop:
             for index in range(request.sampling.n)
             if not any(point.index == index and point.finished for point in request.resume)
         }
-        self._live[engine_id] = _Live(session, request, outputs, arrived=time.monotonic())
+        self._live[engine_id] = _Live(
+            session, request.request_id, len(request.token_ids), outputs, arrived=time.monotonic()
+        )
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, engine_id))
             self._forget_ended_deadlines()
@@ -220,7 +223,7 @@ class EngineLoop:
             if live := self._live.get(engine_id):
                 self._drop(engine_id)
                 message = "the deadline passed while the request ran; allow more time or ask for fewer tokens"
-                outgoing.add(live.session, Failure(live.request.request_id, DeadlineExceeded.__name__, message))
+                outgoing.add(live.session, Failure(live.request_id, DeadlineExceeded.__name__, message))
 
     def _forget_ended_deadlines(self) -> None:
         if len(self._deadlines) > ENDED_DEADLINES + 2 * len(self._live):
@@ -248,8 +251,9 @@ class EngineLoop:
         output = live.outputs.get(token_delta.index) if live else None
         if live is None or output is None:
             return  # ended by a stop string while the engine was a step ahead
-        delta = to_delta(replace(token_delta, request_id=live.request.request_id), output)
-        self._time_tokens(live, len(delta.token_ids), now)
+        delta = to_delta(token_delta, output, request_id=live.request_id)
+        if delta.token_ids:
+            self._time_tokens(live, len(delta.token_ids), now)
         outgoing.add(live.session, delta)
         if delta.finish is None:
             return
@@ -261,8 +265,6 @@ class EngineLoop:
         self._observe_finish(live, delta, now)
 
     def _time_tokens(self, live: _Live, num_tokens: int, now: float) -> None:
-        if not num_tokens:
-            return
         if live.first_token is None:
             live.first_token = now
             self._metrics.first_token(now - live.arrived)
@@ -278,7 +280,7 @@ class EngineLoop:
             return
         started = live.started or live.arrived
         self._metrics.request_finished(
-            num_prompt=len(live.request.token_ids),
+            num_prompt=live.num_prompt,
             num_generated=live.num_tokens,
             queue_s=started - live.arrived,
             prefill_s=(live.first_token or now) - started,
@@ -289,7 +291,7 @@ class EngineLoop:
     def _fail(self, result: StepResult, outgoing: _Outgoing) -> None:
         for failure in result.failures:
             if live := self._live.pop(failure.request_id, None):
-                outgoing.add(live.session, replace(failure, request_id=live.request.request_id))
+                outgoing.add(live.session, replace(failure, request_id=live.request_id))
         self._num_failed_steps = self._num_failed_steps + 1 if result.failures else 0
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             self._break(f"{MAX_FAILED_STEPS} steps failed in a row", outgoing)
@@ -303,7 +305,7 @@ class EngineLoop:
         self._broken = reason
         self._step_began = None
         for live in self._live.values():
-            outgoing.add(live.session, Failure(live.request.request_id, EngineFailure.__name__, reason))
+            outgoing.add(live.session, Failure(live.request_id, EngineFailure.__name__, reason))
         self._live.clear()
 
     def _send(self, outgoing: _Outgoing) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from protos.errors import SetupError
 from protos.messages import FinishReason, Load
 from workers.engine.protocol import EngineStats
+from workers.histogram import Histogram
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -80,8 +81,7 @@ class WorkerMetrics:
 
     def next_tokens(self, seconds: float, num_tokens: int) -> None:
         """`num_tokens` tokens came `seconds` after those before them."""
-        for _ in range(num_tokens):
-            self._itl.observe(seconds / num_tokens)
+        self._itl.observe(seconds / num_tokens, num_tokens)
 
     def output_finished(self, reason: FinishReason) -> None:
         self._finished.labels(**self._labels, finished_reason=reason).inc()
@@ -107,8 +107,9 @@ class WorkerMetrics:
             self._tpot.observe(decode_s / (num_generated - 1))
 
     def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
-        histogram = Histogram(name, meaning, list(self._labels), buckets=tuple(buckets), registry=self.registry)
-        return histogram.labels(**self._labels)
+        histogram = Histogram(name, meaning, self._labels, buckets)
+        self.registry.register(histogram)
+        return histogram
 
 
 class _EngineCollector(Collector):
@@ -136,6 +137,9 @@ class _EngineCollector(Collector):
         yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens not computed.", stats.prefix_hit_tokens)
         yield self._counter("headwater_steps", "Engine steps.", stats.num_steps)
         yield self._counter("headwater_computed_tokens", "Tokens through the model.", stats.computed_tokens)
+        yield self._counter("headwater_repeated_tokens", "Of those, computed before.", stats.repeated_tokens)
+        yield self._counter("headwater_step_budget_tokens", "Room of steps that left prompts.", stats.budget_tokens)
+        yield self._counter("headwater_step_budget_used_tokens", "Of that, filled.", stats.budget_used_tokens)
         info = InfoMetricFamily("vllm:cache_config", "The store of keys and values.", labels=list(self._labels))
         pages = {"block_size": str(stats.page_size), "num_gpu_blocks": str(stats.kv_total_pages)}
         info.add_metric(list(self._labels.values()), pages)

@@ -39,6 +39,10 @@ class OutputText:
         self._num_tokens = 0
         self.feed(resumed)
 
+    def add(self, token_id: int) -> str | None:
+        """The text one more token makes certain; None, and nothing is fed, if stop strings have to be looked for."""
+        return None if self._stops else self._decode(token_id)
+
     def feed(self, token_ids: Sequence[int]) -> Piece:
         """Add tokens; returns the text that is now certain."""
         certain: list[str] = []
@@ -57,13 +61,16 @@ class OutputText:
         return rest
 
     def _decode(self, token_id: int) -> str:
-        self._pending.append(token_id)
         text = self._stream.step(self._tokenizer, token_id)
-        if text is None and len(self._pending) < MAX_PENDING:
+        if text is not None:
+            if self._pending:
+                self._pending.clear()
+            return text
+        self._pending.append(token_id)
+        if len(self._pending) < MAX_PENDING:
             return ""
-        if text is None:
-            text = self._undecoded()
-            self._stream = DecodeStream(skip_special_tokens=True)
+        text = self._undecoded()
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._pending.clear()
         return text
 
@@ -85,10 +92,13 @@ class OutputText:
         return text[: len(text) - keep], None
 
 
-def to_delta(delta: TokenDelta, output: OutputText) -> Delta:
-    """Add the text. A stop string in it ends the output, whatever the engine thought."""
+def to_delta(delta: TokenDelta, output: OutputText, *, request_id: str) -> Delta:
+    """Add the text, under the caller's request id. A stop string in it ends the output, whatever the engine thought."""
     finish = delta.finish
     token_ids = delta.token_ids
+    if finish is None and len(token_ids) == 1 and (certain := output.add(token_ids[0])) is not None:
+        cached_tokens, prompt_logprobs = delta.cached_tokens, delta.prompt_logprobs
+        return Delta(request_id, delta.index, certain, token_ids, delta.logprobs, None, cached_tokens, prompt_logprobs)
     silent = finish is not None and finish.stop_token_id is not None  # a stop token is not part of the text
     piece = output.feed(token_ids[:-1] if silent else token_ids)
     text = piece.text
@@ -97,7 +107,7 @@ def to_delta(delta: TokenDelta, output: OutputText) -> Delta:
     elif finish is not None:
         text += output.flush()
     return Delta(
-        request_id=delta.request_id,
+        request_id=request_id,
         index=delta.index,
         text=text,
         token_ids=token_ids,

@@ -100,17 +100,29 @@ def test_a_resumed_output_knows_what_was_emitted(tokenizer: Tokenizer, text: str
     assert resumed.flush() == before.flush()
 
 
+def test_single_tokens_give_the_text_of_many(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+        stream = output(tokenizer)
+        deltas = [to_delta(TokenDelta("engine", 0, (token,)), stream, request_id="caller") for token in ids[:-1]]
+        last = to_delta(TokenDelta("engine", 0, (ids[-1],), finish=Finish("length")), stream, request_id="caller")
+        assert "".join(delta.text for delta in [*deltas, last]) == text
+        assert [delta.token_ids for delta in deltas] == [(token,) for token in ids[:-1]]
+        assert {delta.request_id for delta in [*deltas, last]} == {"caller"}
+        assert last.finish == Finish("length")
+
+
 def test_a_stop_token_is_not_part_of_the_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two").ids
     delta = TokenDelta("r", 0, tuple(ids), finish=Finish("stop", stop_token_id=ids[-1]))
-    made = to_delta(delta, output(tokenizer))
+    made = to_delta(delta, output(tokenizer), request_id="r")
     assert made.text == tokenizer.decode(ids[:-1])
     assert made.token_ids == tuple(ids)
 
 
 def test_a_stop_string_cuts_tokens_and_ends_the_output(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three").ids
-    made = to_delta(TokenDelta("r", 0, tuple(ids)), output(tokenizer, "two"))
+    made = to_delta(TokenDelta("r", 0, tuple(ids)), output(tokenizer, "two"), request_id="r")
     assert made.text == "one "
     assert made.finish == Finish("stop", stop="two")
     assert len(made.token_ids) < len(ids)

@@ -14,7 +14,8 @@ class Merge:
     """Where each row of the flat stream is found in the parts' rows, one part after another ("part rows").
 
     Attention over several runs of keys is the sum of the attention over each, weighted by the softmax of their
-    log-sum-exps (Hydragen, arXiv 2402.05099, equation 4). Rows of no part become zero.
+    log-sum-exps (Hydragen, arXiv 2402.05099, equation 4). Rows of no part, and rows whose log-sum-exps are all -inf,
+    become zero. No row reads another one's output, whatever that holds.
     """
 
     num_tokens: int
@@ -22,7 +23,7 @@ class Merge:
     single_rows: Tensor  # [single], rows of one part
     single_sources: Tensor  # [single], their part row
     shared_rows: Tensor  # [shared], rows of several parts
-    shared_sources: Tensor  # [shared, parts], their part rows, padded with 0
+    shared_sources: Tensor  # [shared, parts], their part rows, padded with the row's first
     absent: Tensor  # [shared, parts, 1], true where padded
 
     @classmethod
@@ -32,9 +33,9 @@ class Merge:
         order = part_rows.argsort(stable=True)
         first = counts.cumsum(0) - counts
         single, shared = (counts == 1).nonzero()[:, 0], (counts > 1).nonzero()[:, 0]
-        nth = torch.arange(int(counts.max()))
+        nth = torch.arange(int(counts.max()) if num_tokens else 0)
         absent = nth >= counts[shared, None]
-        sources = order[(first[shared, None] + nth).masked_fill(absent, 0)]
+        sources = order[first[shared, None] + nth.masked_fill(absent, 0)]
         return cls(
             num_tokens=num_tokens,
             in_order=torch.equal(part_rows, torch.arange(num_tokens)),
@@ -64,5 +65,6 @@ class Merge:
         return merged
 
     def _weighted(self, output: Tensor, lse: Tensor) -> Tensor:
-        weights = lse[self.shared_sources].masked_fill(self.absent, -torch.inf).softmax(dim=1)  # [shared, parts, heads]
+        of_rows = lse[self.shared_sources].masked_fill(self.absent, -torch.inf)  # [shared, parts, heads]
+        weights = of_rows.softmax(dim=1).masked_fill(of_rows == -torch.inf, 0)  # a row that sees no key has no softmax
         return torch.einsum("rph,rphd->rhd", weights, output[self.shared_sources].float())

@@ -6,8 +6,9 @@ equally many rows (decodes above all) are stacked and padded; a segment of many 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -55,9 +56,11 @@ class PartBuilder:
     def _parts(self) -> Iterator[Part]:
         stacks: dict[tuple[int, bool], list[Segment]] = {}
         for segment in self._segments:
+            if segment.num_rows == 0 or segment.num_keys == 0:
+                continue
             for piece in self._narrow(segment):
                 if piece.num_rows <= STACKED_ROWS:
-                    unequal = piece.num_rows > 1 and piece.kind == "causal"  # its rows see different keys
+                    unequal = piece.num_rows > 1 and piece.kind != "full"  # its rows see different keys
                     stacks.setdefault((piece.num_rows, unequal), []).append(piece)
                 elif self._is_cut(piece):
                     yield self._stacked([piece])
@@ -74,15 +77,23 @@ class PartBuilder:
             return
         for start in range(0, segment.num_rows, CHUNK_ROWS):
             chunk = _row_chunk(segment, start, min(CHUNK_ROWS, segment.num_rows - start))
-            skip = self._first_seen(chunk, self._row_positions(chunk).min()) // self._page_size
-            if skip * self._page_size < chunk.num_keys:
-                yield _without_pages(chunk, skip, self._page_size)
+            unseen = self._first_seen(chunk, self._row_positions(chunk).min())
+            if chunk.kind == "tree":
+                unseen = min(unseen, chunk.num_shared_keys)  # draft keys are not in the order of their positions
+            skipped = unseen // self._page_size * self._page_size
+            if skipped < chunk.num_keys:
+                yield replace(chunk, key_start=chunk.key_start + skipped, num_keys=chunk.num_keys - skipped)
 
     def _is_cut(self, segment: Segment) -> bool:
         """Whether the window hides a key of the segment from one of its rows."""
-        return self._window is not None and self._first_seen(segment, self._row_positions(segment).max()) > 0
+        if self._window is None:
+            return False
+        positions = self._row_positions(segment)
+        first = segment.key_start if segment.num_shared_keys or segment.kind != "tree" else int(positions.min())
+        return int(positions.max()) - self._window >= first
 
     def _first_seen(self, segment: Segment, position: Tensor) -> int:
+        """The index of the first key that a row at the position sees, draft keys aside."""
         assert self._window is not None
         return max(0, int(position) - self._window + 1 - segment.key_start)
 
@@ -90,14 +101,22 @@ class PartBuilder:
         return self._positions[segment.row_start : segment.row_start + segment.num_rows]
 
     def _whole(self, segment: Segment) -> Iterator[Part]:
-        """One segment: its rows on the keys that all of them see, and on their own square of keys if it is causal."""
+        """One segment: its rows on the keys that all of them see, and on their own square of keys if there is one."""
         slots = self._slots([segment], segment.num_keys)[0]
         rows = slice(segment.row_start, segment.row_start + segment.num_rows)
-        num_shared = segment.num_keys if segment.kind == "full" else segment.num_keys - segment.num_rows
+        num_shared = segment.num_shared_keys
         if num_shared:
             yield Part(1, rows, self._index(slots[:num_shared]))
-        if segment.kind == "causal":
-            yield Part(1, rows, self._index(slots[num_shared:]), is_causal=True)
+        match segment.kind:
+            case "full":
+                return
+            case "causal":
+                yield Part(1, rows, self._index(slots[num_shared:]), is_causal=True)
+            case "tree":
+                mask = self._as_mask(_ancestors(segment)[None])
+                yield Part(1, rows, self._index(slots[num_shared:]), mask)
+            case _:
+                assert_never(segment.kind)
 
     def _stacked(self, segments: list[Segment]) -> Part:
         """Segments of equally many rows, padded to the keys of the longest."""
@@ -108,12 +127,11 @@ class PartBuilder:
         blind = ~visible.any(-1).view(-1, 1)
         if torch.equal(visible, visible[:, :1].expand_as(visible)):
             visible = visible[:, :1]
-        mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, -torch.inf)[:, None]
         return Part(
             num_segments=len(segments),
             rows=self._index(rows.flatten()),
             keys=self._index(self._slots(segments, width).flatten()),
-            mask=None if visible.all() else mask.to(self._device),
+            mask=None if visible.all() else self._as_mask(visible),
             blind=blind.to(self._device) if blind.any() else None,
         )
 
@@ -124,19 +142,34 @@ class PartBuilder:
         causal = torch.tensor([segment.kind == "causal" for segment in segments])
         seen[causal] += torch.arange(1 - num_rows, 1)
         visible = keys < seen[..., None]
+        positions = torch.tensor([[segment.key_start] for segment in segments]) + keys
+        for index, segment in enumerate(segments):
+            if segment.kind == "tree":
+                drafts = slice(segment.num_shared_keys, segment.num_keys)
+                visible[index, :, drafts] = _ancestors(segment)
+                positions[index, drafts] = self._row_positions(segment)
         if self._window is not None:
-            starts = torch.tensor([segment.key_start for segment in segments])
-            nearest = self._positions[rows] - self._window - starts[:, None]  # the last key too far away
-            visible &= keys > nearest[..., None]
+            nearest = self._positions[rows] - self._window  # the last position too far away
+            visible &= positions[:, None] > nearest[..., None]
         return visible
+
+    def _as_mask(self, visible: Tensor) -> Tensor:
+        """What is added to the scores, [segments, 1, rows, keys], for visible [segments, rows, keys]."""
+        mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, -torch.inf)
+        return mask[:, None].to(self._device)
 
     def _slots(self, segments: list[Segment], width: int) -> Tensor:
         """The slot of each key, [segments, width]; the zero slot beyond a segment's keys."""
         num_pages = -(-width // self._page_size)
-        pages = [[*segment.pages[:num_pages], *[0] * (num_pages - len(segment.pages))] for segment in segments]
-        slots = torch.tensor(pages)[..., None] * self._page_size + torch.arange(self._page_size)
+        pages = [self._pages_used(segment) for segment in segments]
+        padded = torch.tensor([[*used, *[0] * (num_pages - len(used))] for used in pages])
+        slots = padded[..., None] * self._page_size + torch.arange(self._page_size)
         num_keys = torch.tensor([[segment.num_keys] for segment in segments])
         return slots.flatten(1)[:, :width].masked_fill(torch.arange(width) >= num_keys, self._zero_slot)
+
+    def _pages_used(self, segment: Segment) -> Sequence[int]:
+        first = segment.key_start // self._page_size
+        return segment.pages[first : first - -segment.num_keys // self._page_size]
 
     def _index(self, values: Tensor) -> Index:
         """A slice, which copies nothing, if the values are consecutive."""
@@ -152,15 +185,11 @@ def _row_chunk(segment: Segment, start: int, num_rows: int) -> Segment:
     return replace(segment, row_start=segment.row_start + start, num_rows=num_rows, num_keys=segment.num_keys - later)
 
 
-def _without_pages(segment: Segment, count: int, page_size: int) -> Segment:
-    """The segment without its first pages."""
-    skipped = count * page_size
-    return replace(
-        segment,
-        pages=segment.pages[count:],
-        key_start=segment.key_start + skipped,
-        num_keys=segment.num_keys - skipped,
-    )
+def _ancestors(tree: Segment) -> Tensor:
+    """Which draft key each row of a tree sees, [rows, rows] bool."""
+    words = bytearray(b"".join(bits.to_bytes(8, "little") for bits in tree.mask))
+    bits = torch.frombuffer(words, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.view(tree.num_rows, 64)[:, : tree.num_rows].bool()
 
 
 def _buckets(segments: Iterable[Segment], max_keys: int) -> Iterator[list[Segment]]:

@@ -7,28 +7,64 @@ their layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-SegmentKind = Literal["causal", "full"]
+SegmentKind = Literal["causal", "full", "tree"]
+MAX_TREE_ROWS = 64  # so that a row's mask is one machine word
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive rows of the flat stream that attend to one run of keys.
+    """Consecutive rows of the flat stream that attend to one run of keys of one sequence.
+
+    The keys are num_keys positions from key_start in the page table `pages`; other entries of the table are not read,
+    so a table that is longer than needed is passed as it is. It must not change until the step has been computed.
 
     `causal`: the rows are the last of the keys, so row i sees the first num_keys - num_rows + 1 + i of them.
-    `full`: every row sees every key. A row that appears in several segments gets their merge by log-sum-exp.
+    `full`: every row sees every key.
+    `tree`: the rows are the last of the keys, the nodes of a draft tree (tree attention: SpecInfer, arXiv 2305.09781,
+    section 4). Row i sees every key before those, and draft key j if bit j of mask[i] is set: its ancestors and itself.
+    At most MAX_TREE_ROWS rows.
+
+    A row that appears in several segments attends to the keys of all of them, as if in one; a row that sees no key gets
+    zeros. A segment without rows or without keys is legal and does nothing.
+
+    A window counts positions. A key's position is key_start + its index; but a draft key has its row's position in
+    `StepBatch.positions`, because siblings share one.
     """
 
     row_start: int
     num_rows: int
-    pages: tuple[int, ...]  # the pages that hold the keys, in order
+    pages: Sequence[int]  # a list, tuple or array: its i-th page holds positions [i * page_size, (i + 1) * page_size)
     key_start: int  # position of the first key; a multiple of the page size
     num_keys: int
     kind: SegmentKind = "causal"
+    mask: tuple[int, ...] = ()  # of a tree: num_rows numbers, bit i of mask[i] always set
+
+    @property
+    def num_shared_keys(self) -> int:
+        """How many of the first keys every row sees, windows aside."""
+        return self.num_keys if self.kind == "full" else max(self.num_keys - self.num_rows, 0)
+
+
+def check_segment(segment: Segment, page_size: int) -> None:
+    """Assert that a segment is as its docstring says."""
+    assert min(segment.row_start, segment.num_rows, segment.key_start, segment.num_keys) >= 0, segment
+    assert segment.key_start % page_size == 0, f"key_start {segment.key_start} is within a page of {page_size}"
+    if segment.num_rows == 0 or segment.num_keys == 0:
+        return
+    end = segment.key_start + segment.num_keys
+    assert len(segment.pages) * page_size >= end, f"{len(segment.pages)} pages of {page_size} hold no {end} keys"
+    assert segment.kind == "full" or segment.num_rows <= segment.num_keys, f"{segment.kind} rows without a key"
+    if segment.kind == "tree":
+        assert segment.num_rows <= MAX_TREE_ROWS, f"a tree of {segment.num_rows} rows"
+        assert len(segment.mask) == segment.num_rows, f"{len(segment.mask)} masks for {segment.num_rows} rows"
+        assert all(bits >> row & 1 for row, bits in enumerate(segment.mask)), "a row that does not see its own key"
+        assert max(segment.mask) < 1 << segment.num_rows, "a mask beyond the tree"
 
 
 @dataclass(frozen=True, slots=True)

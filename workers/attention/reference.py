@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import assert_never
+
 import torch
 from torch import Tensor
 
-from workers.attention.protocol import KVShape, Segment, StepBatch
+from workers.attention.protocol import KVShape, Segment, StepBatch, check_segment
 
 
 class ReferenceAttention:
@@ -23,6 +26,8 @@ class ReferenceAttention:
         self._batch: StepBatch | None = None
 
     def begin(self, batch: StepBatch) -> None:
+        for segment in batch.segments:
+            check_segment(segment, self._page_size)
         self._batch = batch
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> Tensor:
@@ -30,8 +35,10 @@ class ReferenceAttention:
         assert self._batch is not None, "attend before begin"
         self._keys[layer, self._batch.slots] = key.double()
         self._values[layer, self._batch.slots] = value.double()
-        rows = [self._attend_row(layer, row, query[row].double(), window) for row in range(len(query))]
-        return torch.stack(rows)
+        output = torch.zeros(query.shape, dtype=torch.float64)
+        for row in range(len(query)):
+            output[row] = self._attend_row(layer, row, query[row].double(), window)
+        return output
 
     def copy_page(self, source: int, target: int) -> None:
         size = self._page_size
@@ -45,13 +52,13 @@ class ReferenceAttention:
     def visible_slots(self, row: int, window: int | None) -> list[int]:
         """The slots of the keys that a row of the batch sees, segment by segment."""
         assert self._batch is not None
-        position = int(self._batch.positions[row])
+        positions = self._batch.positions.tolist()
         slots = []
         for segment in self._batch.segments:
             if segment.row_start <= row < segment.row_start + segment.num_rows:
-                for index in range(_num_seen(segment, row)):
-                    if window is None or segment.key_start + index > position - window:
-                        page, offset = divmod(index, self._page_size)
+                for index in _seen_keys(segment, row):
+                    if window is None or _key_position(segment, index, positions) > positions[row] - window:
+                        page, offset = divmod(segment.key_start + index, self._page_size)
                         slots.append(segment.pages[page] * self._page_size + offset)
         return slots
 
@@ -64,8 +71,25 @@ class ReferenceAttention:
         return torch.einsum("hk,khd->hd", scores.softmax(-1), values)
 
 
-def _num_seen(segment: Segment, row: int) -> int:
-    """How many of a segment's keys a row of it sees, windows aside."""
-    if segment.kind == "full":
-        return segment.num_keys
-    return segment.num_keys - segment.num_rows + 1 + row - segment.row_start
+def _seen_keys(segment: Segment, row: int) -> Iterable[int]:
+    """The indices of a segment's keys that a row of it sees, windows aside."""
+    nth = row - segment.row_start
+    match segment.kind:
+        case "full":
+            return range(segment.num_keys)
+        case "causal":
+            return range(segment.num_keys - segment.num_rows + 1 + nth)
+        case "tree":
+            if segment.num_keys == 0:
+                return ()
+            drafts = [j for j in range(segment.num_rows) if segment.mask[nth] >> j & 1]
+            return [*range(segment.num_shared_keys), *(segment.num_shared_keys + j for j in drafts)]
+        case _:
+            assert_never(segment.kind)
+
+
+def _key_position(segment: Segment, index: int, positions: Sequence[int]) -> int:
+    """The position of a segment's key, given those of the flat stream's rows."""
+    if segment.kind == "tree" and index >= segment.num_shared_keys:
+        return positions[segment.row_start + index - segment.num_shared_keys]
+    return segment.key_start + index

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workers.attention.merge import Merge
 from workers.attention.parts import Index, Part, PartBuilder
-from workers.attention.protocol import KVShape, StepBatch
+from workers.attention.protocol import KVShape, StepBatch, check_segment
 from workers.attention.softmax import attend_with_lse
 
 
@@ -38,6 +38,8 @@ class TorchAttention:
 
     def begin(self, batch: StepBatch) -> None:
         """As the protocol says; a window's plan is made once a step, by the first layer that has the window."""
+        for segment in batch.segments:
+            check_segment(segment, self._shape.page_size)
         self._batch = batch
         self._plans = {}
 
@@ -49,6 +51,9 @@ class TorchAttention:
         if window not in self._plans:
             self._plans[window] = self._make_plan(self._batch, window)
         plan = self._plans[window]
+        if not plan.parts:
+            return torch.zeros_like(query)
+        query = query if query.stride(-1) == 1 else query.contiguous()  # the fused kernel steps by one
         pairs = [_attend_part(part, query, keys, values) for part in plan.parts]
         return plan.merge.apply([output for output, _ in pairs], [lse for _, lse in pairs])
 
@@ -62,7 +67,7 @@ class TorchAttention:
         parts = builder.build()
         num_tokens = len(batch.token_ids)
         every_row = torch.arange(num_tokens, device=self._device)
-        part_rows = torch.cat([every_row[part.rows] for part in parts]).cpu()
+        part_rows = torch.cat([every_row[:0], *(every_row[part.rows] for part in parts)]).cpu()
         return _Plan(parts, Merge.of(part_rows, num_tokens=num_tokens, device=self._device))
 
 

@@ -19,7 +19,7 @@ def make_engine(config: WorkerConfig, *, threads: int) -> Engine:
             from workers.engine.torch_engine import TorchEngine
 
             torch.set_num_threads(threads)
-            return TorchEngine(config)
+            return TorchEngine(config, threads=threads)
         case "fake":
             from workers.engine.fake import FakeEngine
 

@@ -21,6 +21,9 @@ class EngineStats:
     prompt_tokens: int = 0  # prompt tokens of requests whose prompt is complete
     generation_tokens: int = 0
     computed_tokens: int = 0  # rows that went through the model
+    repeated_tokens: int = 0  # of those, rows that had been computed before
+    budget_tokens: int = 0  # the token budget of steps that left prompt tokens for later
+    budget_used_tokens: int = 0  # of that, used
     prefix_queries_tokens: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hit_tokens: int = 0  # of those, found
     kv_free_pages: int = 0

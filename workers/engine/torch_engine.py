@@ -8,13 +8,13 @@ import torch
 
 from protos.errors import EngineFailure
 from protos.messages import Failure, Load, ModelInfo, Request
-from workers.attention.protocol import KVShape
-from workers.attention.torch_backend import TorchAttention
-from workers.config import WorkerConfig
+from workers.attention.planner import Planner, SharingMode
+from workers.config import SharingSection, WorkerConfig
+from workers.engine.models import load_model
 from workers.engine.protocol import EngineStats, StepResult
 from workers.kv.cache import KVCache
+from workers.model.batch import BatchBuilder
 from workers.model.config import ModelConfig
-from workers.model.loader import load_decoder
 from workers.model.runner import Runner
 from workers.scheduler.scheduler import Limits, Scheduler
 
@@ -24,28 +24,25 @@ log = logging.getLogger(__name__)
 class TorchEngine:
     """An Engine in plain torch. Owns the scheduler, the model and the store of keys and values."""
 
-    def __init__(self, config: WorkerConfig, *, device: torch.device | None = None) -> None:
+    def __init__(self, config: WorkerConfig, *, threads: int = 1, device: torch.device | None = None) -> None:
         device = device or torch.device("cpu")
-        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
-        directory = config.model.path
-        model = ModelConfig.from_directory(directory)
+        model = ModelConfig.from_directory(config.model.path)
         kv = config.engine.kv
-        self._eos = frozenset(model.eos_token_ids)
+        eos_token_ids = frozenset(model.eos_token_ids)
         self._info = ModelInfo(
             name=config.model.served_name,
             max_context=min(config.model.max_context or model.max_position_embeddings, model.max_position_embeddings),
             vocab_size=model.vocab_size,
             eos_token_ids=tuple(model.eos_token_ids),
         )
-        shape = KVShape(model.num_layers, kv.num_pages, kv.page_size, model.num_kv_heads, model.head_dim)
         self._cache = KVCache(num_pages=kv.num_pages, page_size=kv.page_size, prefix_cache=kv.prefix_cache)
-        self._scheduler = Scheduler(self._limits(config), self._cache, self._eos)
-        self._runner = Runner(
-            load_decoder(directory, dtype=dtype, device=device, max_context=self._info.max_context),
-            TorchAttention(shape, dtype=dtype, device=device),
-            page_size=kv.page_size,
-            device=device,
-        )
+        self._scheduler = Scheduler(self._limits(config), self._cache, eos_token_ids)
+        loaded = load_model(config, model, max_context=self._info.max_context, threads=threads, device=device)
+        self.kernels = loaded.kernels
+        planner = Planner(loaded.cost, kv.page_size, mode=_sharing_mode(config.engine.sharing))
+        self._builder = BatchBuilder(planner, loaded.cost, self._cache, page_size=kv.page_size, device=device)
+        self._runner = Runner(loaded.model, self._builder, eos_token_ids)
+        log.info("%s: %s kernels, %s, %d threads", self._info.name, loaded.kernels, config.model.dtype, threads)
 
     @property
     def model(self) -> ModelInfo:
@@ -62,7 +59,7 @@ class TorchEngine:
         if not plan.chunks:
             return StepResult()
         try:
-            results = self._runner.execute(plan, self._eos)
+            results = self._runner.execute(plan)
         except (RuntimeError, MemoryError) as error:
             log.exception("a step of %d tokens failed", plan.num_tokens)
             return StepResult(failures=self._fail(self._scheduler.rollback(plan), error))
@@ -112,3 +109,7 @@ class TorchEngine:
         return tuple(
             Failure(request_id, EngineFailure.__name__, f"the step failed: {error}") for request_id in request_ids
         )
+
+
+def _sharing_mode(sharing: SharingSection) -> SharingMode:
+    return "never" if sharing.deterministic else sharing.mode

@@ -7,6 +7,7 @@ the step that fills them is planned, so that whoever is planned later in the sam
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,10 +17,13 @@ from workers.kv.radix import Node, RadixTree, token_bytes
 
 @dataclass(slots=True, eq=False)
 class PageTable:
-    """Where the keys and values of one sequence are. Mutated only by KVCache."""
+    """Where the keys and values of one sequence are. Mutated only by KVCache.
+
+    `pages` are C ints, so that a kernel can read them in place while a step computes; later its address may change.
+    """
 
     salt: str
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     num_shared: int = 0  # leading pages that the tree holds
     node: Node | None = None  # the deepest node locked
 
@@ -60,8 +64,33 @@ class KVCache:
     def num_available(self) -> int:
         return self.num_free + self.num_cached
 
+    @property
+    def version(self) -> int:
+        """Grows whenever what tables share may have changed; a page that only its own table holds changes nothing."""
+        return self._tree.version
+
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+    def shared_path(self, table: PageTable) -> tuple[tuple[int, int], ...]:
+        """What at least one other table holds too, from the root down: (number of the node, page where it ends).
+
+        Two tables share the pages before that end if both name the node. As long as `version` stays, so does this.
+        """
+        path: list[tuple[int, int]] = []
+        node, end = table.node, table.num_shared
+        while node is not None and end > 0:
+            if node.num_locks > 1:
+                path.append((node.number, end))
+            end -= len(node.pages)
+            node = node.parent
+        return tuple(reversed(path))
+
+    def measure(self, salt: str, token_ids: list[int], *, limit: int) -> int:
+        """How many of `token_ids[:limit]` a new table would find in whole pages. Changes nothing."""
+        if not self._prefix_cache:
+            return 0
+        return self._tree.measure(salt, token_bytes(token_ids, 0, self._whole_pages(limit))) * self.page_size
 
     def match(self, table: PageTable, token_ids: list[int], *, num_computed: int, limit: int) -> int:
         """Extend a table by what the tree knows of `token_ids[num_computed:limit]`; returns the tokens gained.
@@ -76,7 +105,7 @@ class KVCache:
         found = self._tree.match(start, token_bytes(token_ids, num_computed, self._whole_pages(limit)))
         self._tree.lock(found.node, until=table.node)
         table.node = found.node
-        table.pages += found.pages
+        table.pages.extend(found.pages)
         table.num_shared += len(found.pages)
         return len(found.pages) * self.page_size
 
@@ -101,16 +130,16 @@ class KVCache:
             return False
         if missing > self.num_free:
             self._pool.give(self._tree.evict(missing - self.num_free))
-        table.pages += self._pool.take(missing)
+        table.pages.extend(self._pool.take(missing))
         return True
 
-    def publish(self, table: PageTable, token_ids: list[int], num_tokens: int, *, pending: bool) -> None:
-        """Hand the whole pages of the first `num_tokens` tokens to the tree.
+    def publish(self, table: PageTable, token_ids: list[int], num_tokens: int, *, pending: bool) -> int:
+        """Hand the whole pages of the first `num_tokens` tokens to the tree; returns how many were there already.
 
         `pending`: the step being planned computes them. A page whose tokens the tree has already stays the sequence's
         own while pending (it is about to be written) and is given up for the tree's copy otherwise.
         """
-        last = num_tokens // self.page_size
+        last, num_adopted = num_tokens // self.page_size, 0
         while self._prefix_cache and table.num_shared < last:
             start = table.num_shared
             key = token_bytes(token_ids, start * self.page_size, last * self.page_size)
@@ -119,21 +148,23 @@ class KVCache:
                 self._tree.lock(table.node)
             found = self._tree.match(table.node, key)
             if not found.pages:
-                fresh = table.pages[start:last]
+                fresh = table.pages[start:last].tolist()
                 table.node = self._tree.insert(table.node, key, fresh)
                 table.num_shared = last
                 self._pending.update(fresh if pending else ())
             elif pending:
-                return
+                break
             else:
                 self._adopt(table, found.node, found.pages)
+                num_adopted += len(found.pages)
+        return num_adopted
 
     def release(self, table: PageTable) -> None:
         """Forget a sequence: its own pages become free, the shared ones stay in the tree until needed."""
         self._pool.give(table.pages[table.num_shared :])
         if table.node is not None:
             self._tree.unlock(table.node)
-        table.pages, table.num_shared, table.node = [], 0, None
+        table.pages, table.num_shared, table.node = array("i"), 0, None
 
     def commit(self) -> None:
         """The planned step has been computed."""
@@ -163,6 +194,6 @@ class KVCache:
         """Use the tree's pages in place of equal ones of our own."""
         start, stop = table.num_shared, table.num_shared + len(pages)
         self._pool.give(table.pages[start:stop])
-        table.pages[start:stop] = pages
+        table.pages[start:stop] = array("i", pages)
         self._tree.lock(node, until=table.node)
         table.node, table.num_shared = node, stop

@@ -10,6 +10,7 @@ import heapq
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final
 
 TOKEN_BYTES: Final = 4
@@ -28,6 +29,7 @@ class Node:
 
     salt: str
     parent: Node | None
+    number: int  # no other node of the tree ever has the same
     key: bytes = b""  # the run's tokens, page by page
     pages: list[int] = field(default_factory=list)
     children: dict[bytes, Node] = field(default_factory=dict)  # by the bytes of their first page
@@ -46,12 +48,17 @@ class Match:
 
 
 class RadixTree:
-    """Pages by the tokens they hold. Mutated only by KVCache."""
+    """Pages by the tokens they hold. Mutated only by KVCache.
+
+    `version` grows whenever a node gains or loses a holder beside others, and whenever a node is cut in two.
+    """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.num_pages = 0
         self.num_unlocked_pages = 0
+        self.version = 0
+        self._numbers = count()
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[str, Node] = {}
         self._clock = 0
@@ -60,8 +67,17 @@ class RadixTree:
     def root(self, salt: str) -> Node:
         """Where the paths of one salt begin."""
         if salt not in self._roots:
-            self._roots[salt] = Node(salt, None)
+            self._roots[salt] = Node(salt, None, next(self._numbers))
         return self._roots[salt]
+
+    def measure(self, salt: str, key: bytes) -> int:
+        """How many whole pages of `key` the tree has. Changes nothing: neither structure nor order of eviction."""
+        node, offset = self._roots.get(salt), 0
+        while node and (child := node.children.get(key[offset : offset + self._page_bytes])):
+            common = self._common_pages(child.key, key, offset)
+            offset += common * self._page_bytes
+            node = child if common == len(child.pages) else None
+        return offset // self._page_bytes
 
     def match(self, start: Node, key: bytes) -> Match:
         """The longest run of whole pages of `key` below `start`; the tree is split where the run ends."""
@@ -87,7 +103,8 @@ class RadixTree:
             node.pages += pages
             added = node
         else:
-            added = Node(node.salt, node, key, list(pages), num_locks=1, last_used=self._tick())
+            number = next(self._numbers)
+            added = Node(node.salt, node, number, key, list(pages), num_locks=1, last_used=self._tick())
             node.children[key[: self._page_bytes]] = added
         self.num_pages += len(pages)
         return added
@@ -98,6 +115,8 @@ class RadixTree:
         while node is not until and node is not None:
             if node.num_locks == 0:
                 self.num_unlocked_pages -= len(node.pages)
+            elif node.pages:
+                self.version += 1
             node.num_locks += 1
             node.last_used = tick
             node = node.parent  # type: ignore[assignment]
@@ -113,6 +132,8 @@ class RadixTree:
             if current.num_locks == 0:
                 self.num_unlocked_pages += len(current.pages)
                 self._offer(current)
+            elif current.pages:
+                self.version += 1
             current = current.parent
 
     def evict(self, count: int) -> list[int]:
@@ -184,7 +205,16 @@ class RadixTree:
         """Cut a node in two; returns the upper part, which keeps the first `num_pages` pages."""
         cut = num_pages * self._page_bytes
         assert node.parent is not None
-        upper = Node(node.salt, node.parent, node.key[:cut], node.pages[:num_pages], {}, node.num_locks, node.last_used)
+        self.version += 1
+        upper = Node(
+            salt=node.salt,
+            parent=node.parent,
+            number=next(self._numbers),
+            key=node.key[:cut],
+            pages=node.pages[:num_pages],
+            num_locks=node.num_locks,
+            last_used=node.last_used,
+        )
         node.parent.children[upper.key[: self._page_bytes]] = upper
         node.key, node.pages, node.parent = node.key[cut:], node.pages[num_pages:], upper
         upper.children[node.key[: self._page_bytes]] = node

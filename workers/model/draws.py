@@ -7,9 +7,12 @@ Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): mix(key +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MASK: Final = (1 << 64) - 1
@@ -26,15 +29,46 @@ def draw_key(seed: int, index: int, position: int) -> int:
     return key
 
 
-def exponential(keys: list[int], vocab_size: int, device: torch.device) -> Tensor:
+def draw_keys(seeds: Sequence[int], indexes: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
+    """`draw_key` of many draws at once. [draws]"""
+    parts = np.array([seeds, indexes, positions], dtype=np.uint64)
+    parts[1:] += np.uint64(GOLDEN)
+    mix(parts)
+    return mix(mix(parts[0] ^ parts[1]) ^ parts[2])
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer of each value, in place."""
+    shifted = np.empty_like(values)
+    for shift, multiplier in MULTIPLIERS:
+        values ^= np.right_shift(values, shift, out=shifted)
+        values *= np.uint64(multiplier)
+    values ^= np.right_shift(values, 31, out=shifted)
+    return values
+
+
+def counters(vocab_size: int) -> NDArray[np.uint64]:
+    """What is added to a key before it is mixed, by token id. [vocab_size]"""
+    return np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+
+
+def exponential(keys: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
     """Standard exponential draws, one per key and token id. float32 [keys, vocab_size]
 
     Taken from the small end of a 52-bit uniform, where floats are dense, so that even the rarest winner of a large
     vocabulary has its exact share.
     """
-    state = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    state = torch.tensor([_signed(int(key)) for key in keys], dtype=torch.int64, device=device)
     counters = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device) * _signed(GOLDEN)
-    bits = state[:, None] + counters[None, :]  # wraps modulo 2**64
+    return _exponential(state[:, None] + counters[None, :])  # wraps modulo 2**64
+
+
+def exponential_of(states: NDArray[np.uint64]) -> Tensor:
+    """The same draws for any sums of a key and a token's counter, not mixed yet. float32, shaped as the states"""
+    return _exponential(torch.from_numpy(states.view(np.int64)))
+
+
+def _exponential(bits: Tensor) -> Tensor:
     for shift, multiplier in MULTIPLIERS:
         bits = (bits ^ _shift_right(bits, shift)) * _signed(multiplier)
     bits = bits ^ _shift_right(bits, 31)

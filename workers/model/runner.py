@@ -1,4 +1,4 @@
-"""The runner: execute() computes what the scheduler planned. It decides nothing and keeps nothing between steps."""
+"""The runner: execute() computes what the scheduler planned. It decides nothing about requests."""
 
 from __future__ import annotations
 
@@ -8,65 +8,44 @@ import torch
 from torch import Tensor
 
 from protos.messages import PositionLogprobs
-from workers.attention.protocol import AttentionBackend, Segment, StepBatch
-from workers.model.decoder import Decoder
-from workers.model.sampler import Row, position_logprobs, sample
+from workers.model.batch import BatchBuilder
+from workers.model.sampler import Row, is_plain, position_logprobs, sample
+from workers.model.scores import Model, Scores
 from workers.scheduler.step import Chunk, ChunkResult, StepPlan
 
 
 class Runner:
-    """A model and its attention backend. Used from one thread."""
+    """A model and what it takes to feed it. Used from one thread."""
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend, *, page_size: int, device: torch.device) -> None:
-        self._decoder = decoder
-        self._attention = attention
-        self._page_size = page_size
-        self._device = device
+    def __init__(self, model: Model, builder: BatchBuilder, eos_token_ids: frozenset[int]) -> None:
+        self._model = model
+        self._builder = builder
+        self._eos = eos_token_ids
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, eos_token_ids: frozenset[int]) -> list[ChunkResult]:
+    def execute(self, plan: StepPlan) -> list[ChunkResult]:
         """Copy pages, run the flat stream, sample. One result per chunk, in order."""
         for copy in plan.copies:
-            self._attention.copy_page(copy.source, copy.target)
-        logits = self._decoder.forward(self._batch(plan), self._attention)
-        return _results(plan, logits, eos_token_ids)
-
-    def _batch(self, plan: StepPlan) -> StepBatch:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        segments: list[Segment] = []
-        logit_rows: list[int] = []
-        for chunk in plan.chunks:
-            first_row = len(token_ids)
-            pages = chunk.sequence.table.pages
-            span = range(chunk.start, chunk.stop)
-            token_ids += chunk.sequence.tokens[chunk.start : chunk.stop]
-            positions += span
-            slots += [pages[p // self._page_size] * self._page_size + p % self._page_size for p in span]
-            segments.append(self._segment(chunk, first_row))
-            logit_rows += [first_row + row - chunk.start for row in _wanted_rows(chunk)]
-        return StepBatch(
-            self._tensor(token_ids),
-            self._tensor(positions),
-            self._tensor(slots),
-            tuple(segments),
-            self._tensor(logit_rows),
-        )
-
-    def _segment(self, chunk: Chunk, first_row: int) -> Segment:
-        num_pages = -(-chunk.stop // self._page_size)
-        pages = tuple(chunk.sequence.table.pages[:num_pages])
-        return Segment(first_row, chunk.num_tokens, pages, key_start=0, num_keys=chunk.stop)
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+            self._model.copy_page(copy.source, copy.target)
+        scores = self._model.forward(self._builder.build(plan), with_logits=any(map(_needs_logits, plan.chunks)))
+        if scores.times is not None:
+            self._builder.observe(scores.times.segments_s, scores.times.merges_s)
+        if scores.logits is None:
+            return _greedy_results(plan, scores)
+        return _results(plan, scores.logits, self._eos)
 
 
-def _wanted_rows(chunk: Chunk) -> list[int]:
-    """Positions whose logits are wanted: prompt positions to be scored, then the sampled one."""
-    scored = range(chunk.first_scored_row, chunk.first_scored_row + chunk.num_scored_rows)
-    return [*scored, chunk.stop - 1] if chunk.samples else list(scored)
+def _needs_logits(chunk: Chunk) -> bool:
+    """Whether the model's own greedy choice is not all that is wanted of a chunk."""
+    if chunk.num_scored_rows:
+        return True
+    sampling = chunk.sequence.request.sampling
+    return chunk.samples and (sampling.logprobs is not None or not is_plain(sampling))
+
+
+def _greedy_results(plan: StepPlan, scores: Scores) -> list[ChunkResult]:
+    tokens = iter(scores.greedy.tolist())
+    return [ChunkResult(next(tokens)) if chunk.samples else ChunkResult() for chunk in plan.chunks]
 
 
 def _results(plan: StepPlan, logits: Tensor, eos_token_ids: frozenset[int]) -> list[ChunkResult]:
@@ -81,7 +60,9 @@ def _results(plan: StepPlan, logits: Tensor, eos_token_ids: frozenset[int]) -> l
             sampled_rows.append(row)
             row += 1
     sampling = [chunk for chunk in plan.chunks if chunk.samples]
-    tokens = iter(_sample(sampling, logits[sampled_rows], eos_token_ids) if sampling else ())
+    is_all = len(sampled_rows) == len(logits)
+    rows = logits if is_all else logits[sampled_rows]
+    tokens = iter(_sample(sampling, rows, eos_token_ids) if sampling else ())
     return [
         ChunkResult(*next(tokens), prompt) if chunk.samples else ChunkResult(prompt_logprobs=prompt)
         for chunk, prompt in zip(plan.chunks, scored, strict=True)
@@ -111,9 +92,11 @@ def _sample(
     return list(zip(token_ids, logprobs, strict=True))
 
 
-def _row(chunk: Chunk, eos_token_ids: frozenset[int]) -> Row:
+def _row(chunk: Chunk, eos_token_ids: frozenset[int]) -> Row | None:
     sequence = chunk.sequence
     sampling = sequence.request.sampling
+    if is_plain(sampling):
+        return None
     too_early = sequence.num_output < sampling.min_tokens
     return Row(
         sampling=sampling,

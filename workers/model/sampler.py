@@ -1,7 +1,8 @@
 """From logits to tokens: penalties, filters, and one draw per row that depends on nothing but the row.
 
 A token is chosen as argmax(log p - log E) with one exponential draw E per candidate (the Gumbel-max trick), which
-samples p exactly and lets a drafter that knows the seed make the same draws. All rows are sampled in one batch.
+samples p exactly and lets a drafter that knows the seed make the same draws. Greedy rows are one argmax over the batch;
+on a CPU the draws of the others are made by `race`, elsewhere in one batch where the logits are: the same draws.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from protos.messages import PositionLogprobs, Sampling
-from workers.model.draws import draw_key, exponential
+from workers.model import race
+from workers.model.draws import draw_keys, exponential
 
 GREEDY_TEMPERATURE = 1e-5  # at or below it, dividing logits would overflow
 
@@ -37,15 +39,21 @@ class Row:
         return len(self.tokens) - self.num_prompt
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """One token id per row. logits [rows, vocab] float32, left as it is."""
-    shaped = _shape(logits, rows)
-    chosen = shaped.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
-    if drawn:
-        scores = shaped if len(drawn) == len(rows) else shaped[drawn]
-        chosen[drawn] = _draw(scores, [rows[i] for i in drawn])
-    return [int(token) for token in chosen.tolist()]
+def is_plain(sampling: Sampling) -> bool:
+    """Whether the token is the largest logit, whatever came before: such a row needs no Row."""
+    return sampling.temperature <= GREEDY_TEMPERATURE and sampling.min_tokens == 0 and not _weighs(sampling)
+
+
+def sample(logits: Tensor, rows: Sequence[Row | None]) -> list[int]:
+    """One token id per row; None stands for a plain row. logits [rows, vocab] float32, left as it is."""
+    picky = [i for i, row in enumerate(rows) if row is not None]
+    chosen = _largest(logits) if len(picky) < len(rows) else [0] * len(rows)
+    if picky:
+        asked = [row for row in rows if row is not None]
+        shaped = _shape(logits if len(picky) == len(rows) else logits[picky], asked)
+        for i, token_id in zip(picky, _choose(shaped, asked), strict=True):
+            chosen[i] = token_id
+    return chosen
 
 
 def position_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[PositionLogprobs]:
@@ -60,9 +68,28 @@ def position_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequenc
     ]
 
 
+def _choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """One token id per row of shaped logits."""
+    drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
+    if len(drawn) == len(rows):
+        return _draw(logits, rows)
+    chosen = _largest(logits)
+    if drawn:
+        for i, token_id in zip(drawn, _draw(logits[drawn], [rows[i] for i in drawn]), strict=True):
+            chosen[i] = token_id
+    return chosen
+
+
+def _largest(logits: Tensor) -> list[int]:
+    """Greedy token ids. [rows, vocab]"""
+    on_host = logits.device.type == "cpu"
+    chosen: list[int] = (logits.numpy().argmax(axis=-1) if on_host else logits.argmax(dim=-1)).tolist()
+    return chosen
+
+
 def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Logits after penalties, bias and bans; the input itself if no row has any."""
-    touched = [i for i, row in enumerate(rows) if _reshapes(row)]
+    touched = [i for i, row in enumerate(rows) if row.banned_ids or _weighs(row.sampling)]
     if not touched:
         return logits
     shaped = logits.clone()
@@ -71,10 +98,14 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return shaped
 
 
-def _reshapes(row: Row) -> bool:
-    s = row.sampling
-    neutral = s.repetition_penalty == 1.0 and s.presence_penalty == 0.0 and s.frequency_penalty == 0.0
-    return bool(row.banned_ids or s.logit_bias) or not neutral
+def _weighs(sampling: Sampling) -> bool:
+    """Whether penalties or a bias move logits."""
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+        or bool(sampling.logit_bias)
+    )
 
 
 def _penalize(logits: Tensor, row: Row) -> None:
@@ -95,27 +126,37 @@ def _penalize(logits: Tensor, row: Row) -> None:
         logits[list(row.banned_ids)] = -torch.inf
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Sampled token ids of rows that are not greedy. [rows]"""
-    scores = logits / _column([row.sampling.temperature for row in rows], logits)
-    scores = _filter(scores, rows)
-    keys = [draw_key(row.sampling.seed, row.index, row.num_output) for row in rows]
-    race = exponential(keys, logits.shape[1], logits.device)
-    return (scores - race.log()).argmax(dim=-1)
+def _draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """Sampled token ids of rows that are not greedy, by shaped logits. [rows, vocab]"""
+    samplings = [row.sampling for row in rows]
+    seeds, indexes = [s.seed for s in samplings], [row.index for row in rows]
+    keys = draw_keys(seeds, indexes, [row.num_output for row in rows])
+    if logits.device.type == "cpu":
+        return race.draw(logits.numpy(), samplings, keys)
+    return draw_batch(logits, samplings, keys.tolist())
 
 
-def _filter(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def draw_batch(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> list[int]:
+    """The token each row draws, by batched operations on the logits' device. [rows, vocab]"""
+    scores = _filter(logits / _column([sampling.temperature for sampling in samplings], logits), samplings)
+    times = exponential(keys, logits.shape[1], logits.device)
+    chosen: list[int] = (scores - times.log()).argmax(dim=-1).tolist()
+    return chosen
+
+
+def _filter(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Scores with everything outside top-k, then top-p, then min-p at minus infinity. [rows, vocab]"""
-    if not any(row.sampling.top_k or row.sampling.top_p < 1.0 or row.sampling.min_p for row in rows):
+    if not any(race.filters(sampling) for sampling in samplings):
         return scores
     vocab_size = scores.shape[1]
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab_size, device=scores.device)
-    ordered = ordered.masked_fill(rank >= _column([row.sampling.top_k or vocab_size for row in rows], rank), -torch.inf)
+    ordered = ordered.masked_fill(rank >= _column([s.top_k or vocab_size for s in samplings], rank), -torch.inf)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    cut = (before >= _column([row.sampling.top_p for row in rows], scores)) & (rank > 0)
-    cut |= probs < _column([row.sampling.min_p for row in rows], scores) * probs[:, :1]
+    top_p = [s.top_p if s.top_p < 1.0 else torch.inf for s in samplings]
+    cut = (before >= _column(top_p, scores)) & (rank > 0)
+    cut |= probs < _column([s.min_p for s in samplings], scores) * probs[:, :1]
     return torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(cut, -torch.inf))
 
 

@@ -3,6 +3,10 @@
 There is no prefill phase and no decode phase. Each sequence has tokens of which `num_computed` are in the cache; a plan
 gives each runnable sequence some of its remaining tokens, within a budget. That one rule covers chunked prefill,
 prefix hits, decoding, preemption (num_computed falls to zero) and resuming on another worker (tokens start longer).
+
+Prompts are packed into the budget one behind the other, without padding. The first of a step may be split. When a later
+one is too long for what is left, prompts of its priority that fit whole are packed in before it, the longest first, and
+it is split into the rest. Should that rest be too small, it waits for the next step, once, and then runs first.
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from protos.errors import DuplicateRequest, EmptyPrompt, Overloaded, PromptTooLong
-from protos.messages import Finish, Load, Request, TokenDelta
+from protos.messages import Finish, Load, PositionLogprobs, Request, TokenDelta
 from workers.kv.cache import KVCache, PageCopy, PageTable
 from workers.scheduler.sequence import Sequence
 from workers.scheduler.step import Chunk, ChunkResult, StepPlan
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows that one chunk may ask for beyond the sampled one
+PACKING_WINDOW = 16  # waiting prompts looked at to fill what is left of a budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,9 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     computed_tokens: int = 0
+    repeated_tokens: int = 0  # of those, computed before: lost to a preemption, or by another output at the same time
+    budget_tokens: int = 0  # the budget of steps that left prompt tokens for later
+    budget_used_tokens: int = 0  # of that, used
     prefix_queries_tokens: int = 0
     prefix_hit_tokens: int = 0
 
@@ -51,42 +59,59 @@ class _Draft:
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
+    num_prompts: int = 0  # chunks that are a prompt, or what is left of one
+    leaves_prompt: bool = False
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
         self.budget -= chunk.num_tokens
 
+    def add_prompt(self, chunk: Chunk) -> None:
+        self.add(chunk)
+        self.num_prompts += 1
+        self.leaves_prompt |= chunk.stop < len(chunk.sequence.tokens)
+
 
 class Scheduler:
-    """Owns every sequence and the KV cache. Used from one thread."""
+    """Owns every sequence and the KV cache. Used from one thread.
+
+    A plan ends in a commit or a rollback before anything else is asked for: a cancel in between would free pages that
+    others in the plan rely on and that nobody has computed yet.
+    """
 
     def __init__(self, limits: Limits, cache: KVCache, eos_token_ids: frozenset[int]) -> None:
         self.counters = Counters()
         self._limits = limits
         self._cache = cache
         self._eos = eos_token_ids
+        self._page_size = cache.page_size
         self._waiting: list[Sequence] = []  # by urgency
+        self._num_waiting_tokens = 0
         self._running: list[Sequence] = []  # by urgency; the last is preempted first
         self._live: dict[str, list[Sequence]] = {}
         self._arrivals = 0
+        self._is_planned = False  # a plan is out that has not been committed or rolled back
 
     # Requests
 
     def add(self, request: Request) -> None:
         """Queue a request's outputs. Raises DuplicateRequest, PromptTooLong, Overloaded; then nothing has changed."""
         self._refuse(request)
+        stops = frozenset(request.sampling.stop_token_ids)
+        stops = stops if request.sampling.ignore_eos else stops | self._eos
         done = {point.index for point in request.resume if point.finished}
         resumed = {point.index: point.token_ids for point in request.resume}
         for index in range(request.sampling.n):
             if index not in done:
                 tokens = [*request.token_ids, *resumed.get(index, ())]
-                sequence = Sequence(request, index, self._arrivals, tokens, PageTable(request.cache_salt))
+                sequence = Sequence(request, index, self._arrivals, tokens, PageTable(request.cache_salt), stops)
                 self._arrivals += 1
                 self._live.setdefault(request.request_id, []).append(sequence)
-                insort(self._waiting, sequence, key=_urgency)
+                self._enqueue(sequence)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request's outputs, or one of them, and free their pages."""
+        """Drop a request's outputs, or one of them, and free their pages. Not while a plan is out."""
+        assert not self._is_planned, "cancelled between plan and commit"
         for sequence in list(self._live.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._remove(sequence)
@@ -96,9 +121,11 @@ class Scheduler:
         return bool(self._live)
 
     def load(self) -> Load:
-        pending = sum(s.num_remaining for s in self._waiting) + sum(
-            s.num_remaining for s in self._running if s.is_prefilling
-        )
+        pending = self._num_waiting_tokens
+        for sequence in self._running:
+            num_remaining = len(sequence.tokens) - sequence.num_computed
+            if num_remaining > 1:
+                pending += num_remaining
         cache = self._cache
         return Load(
             num_running=len(self._running),
@@ -115,6 +142,7 @@ class Scheduler:
         for sequence in self._waiting:
             assert not sequence.table.pages
             assert sequence.num_computed == 0
+        assert self._num_waiting_tokens == sum(s.num_remaining for s in self._waiting)
         for sequence in self._running:
             assert sequence.num_computed < len(sequence.tokens)
             assert len(sequence.table.pages) >= self._cache.pages_for(sequence.num_computed)
@@ -124,18 +152,21 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Fill the token budget: running sequences by urgency first, then waiting ones while memory allows."""
+        assert not self._is_planned, "planned twice"
         draft = _Draft(self._limits.step_tokens)
         num_preemptions = self.counters.num_preemptions
         self._plan_running(draft)
         if self.counters.num_preemptions == num_preemptions:
             self._plan_waiting(draft)
-        return StepPlan(tuple(draft.chunks), tuple(draft.copies), tuple(draft.started))
+        self._is_planned = bool(draft.chunks)
+        leaves_prompt = draft.leaves_prompt or bool(self._waiting)
+        return StepPlan(tuple(draft.chunks), tuple(draft.copies), tuple(draft.started), leaves_prompt)
 
     def commit(self, plan: StepPlan, results: Ordered[ChunkResult]) -> list[TokenDelta]:
         """Apply a computed step: append the sampled tokens, end what has ended, and say what is new."""
+        self._is_planned = False
         self._cache.commit()
-        self.counters.num_steps += 1
-        self.counters.computed_tokens += plan.num_tokens
+        self._count_step(plan)
         deltas = []
         for chunk, result in zip(plan.chunks, results, strict=True):
             delta = self._apply(chunk, result)
@@ -145,6 +176,7 @@ class Scheduler:
 
     def rollback(self, plan: StepPlan) -> list[str]:
         """Undo a plan whose computing failed: its requests are dropped and named, all others are as before."""
+        self._is_planned = False
         request_ids = list(dict.fromkeys(chunk.sequence.request.request_id for chunk in plan.chunks))
         for request_id in request_ids:
             self.cancel(request_id)
@@ -154,31 +186,97 @@ class Scheduler:
     # Inside
 
     def _plan_running(self, draft: _Draft) -> None:
-        planned = 0
-        while planned < len(self._running) and draft.budget > 0:
-            sequence = self._running[planned]
-            self._extend_from_cache(sequence)
-            while (num_tokens := self._take(sequence, draft.budget)) == 0:
-                victim = self._running[-1]
-                self._preempt(victim)
-                if victim is sequence:
-                    return
-            draft.add(self._chunk(sequence, num_tokens))
-            planned += 1
+        running, page_size = self._running, self._page_size
+        position = 0
+        while position < len(running) and draft.budget > 0:
+            sequence = running[position]
+            position += 1
+            length = len(sequence.tokens)
+            if sequence.num_computed + 1 < length:
+                self._plan_prompt(sequence, draft.budget - self._num_decoding(position), draft)
+            elif length <= len(sequence.table.pages) * page_size or self._make_room(sequence, length):
+                draft.add(self._next_token(sequence, length))
+        draft.leaves_prompt |= position < len(running)
+
+    def _plan_prompt(self, sequence: Sequence, budget: int, draft: _Draft) -> None:
+        """Go on with a running sequence's prompt, within what the sequences behind it leave."""
+        if budget <= 0:
+            draft.leaves_prompt = True
+            return
+        self._extend_from_cache(sequence)
+        num_tokens = self._chunk_size(sequence, budget)
+        if self._make_room(sequence, sequence.num_computed + num_tokens):
+            draft.add_prompt(self._chunk(sequence, num_tokens))
+
+    def _num_decoding(self, first: int) -> int:
+        """Running sequences from this one on that need one token's room in the step."""
+        return sum(not sequence.is_prefilling for sequence in self._running[first:])
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Reserve a running sequence's pages at the expense of the least urgent; False if it was that itself."""
+        while not self._cache.reserve(sequence.table, num_tokens):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
 
     def _plan_waiting(self, draft: _Draft) -> None:
         while draft.budget > 0 and self._waiting and len(self._running) < self._limits.max_running:
-            sequence = self._waiting[0]
-            copy = self._admit(sequence)
-            num_tokens = self._take(sequence, draft.budget)
-            if num_tokens == 0:
-                self._reset(sequence)
+            head = self._waiting[0]
+            copy = self._admit(head)
+            if draft.num_prompts and head.num_remaining > draft.budget and not head.was_passed:
+                self._reset(head)
+                self._fill_gap(draft, head)
+                copy = self._admit(head)
+                if draft.budget < min(head.num_remaining, self._page_size):  # too little to be worth a split
+                    head.was_passed = True
+                    self._reset(head)
+                    return
+            if not self._start(head, copy, draft):
                 return
-            self._waiting.pop(0)
-            insort(self._running, sequence, key=_urgency)
-            draft.copies += [copy] if copy else []
-            draft.started += [] if sequence.started else [sequence]
-            draft.add(self._chunk(sequence, num_tokens))
+
+    def _fill_gap(self, draft: _Draft, head: Sequence) -> None:
+        """Start prompts that fit whole into the rest of the budget, longest first, before one that does not.
+
+        They leave the head its place among the running and the pages it needs.
+        """
+        spare = self._cache.num_available - self._cache.pages_for(len(head.tokens))
+        for num_tokens, sequence in self._behind(head):
+            num_pages = self._cache.pages_for(len(sequence.tokens))
+            if len(self._running) + 1 >= self._limits.max_running:
+                return
+            if num_tokens > draft.budget or num_pages > spare:
+                continue
+            copy = self._admit(sequence)
+            if self._chunk_size(sequence, draft.budget) < sequence.num_remaining:
+                self._reset(sequence)
+            elif self._start(sequence, copy, draft):
+                spare -= num_pages
+
+    def _behind(self, head: Sequence) -> list[tuple[int, Sequence]]:
+        """The next in the queue of the head's priority, with the tokens each would have to compute; longest first."""
+        window = self._waiting[1 : 1 + PACKING_WINDOW]
+        peers = [sequence for sequence in window if sequence.request.priority == head.request.priority]
+        sized = [(len(s.tokens) - self._measure(s), s) for s in peers]
+        return sorted(sized, key=lambda entry: -entry[0])
+
+    def _measure(self, sequence: Sequence) -> int:
+        """How many of a waiting sequence's tokens the cache has."""
+        return self._cache.measure(sequence.table.salt, sequence.tokens, limit=sequence.first_needed_row)
+
+    def _start(self, sequence: Sequence, copy: PageCopy | None, draft: _Draft) -> bool:
+        """Run a waiting sequence that has been admitted; False, and it goes on waiting, if there is no memory."""
+        num_tokens = self._chunk_size(sequence, draft.budget)
+        if not self._cache.reserve(sequence.table, sequence.num_computed + num_tokens):
+            self._reset(sequence)
+            return False
+        self._dequeue(sequence)
+        insort(self._running, sequence, key=_urgency)
+        draft.copies += [copy] if copy else []
+        draft.started += [] if sequence.started else [sequence]
+        draft.add_prompt(self._chunk(sequence, num_tokens))
+        return True
 
     def _refuse(self, request: Request) -> None:
         sampling, num_prompt = request.sampling, len(request.token_ids)
@@ -220,16 +318,22 @@ class Scheduler:
         sequence.num_computed = found + tail
         return copy
 
-    def _take(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens the sequence computes in this step, with pages reserved; 0 if there is no memory for any."""
+    def _chunk_size(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens the sequence computes within the budget: all that remain, or whole pages if it can."""
         num_tokens = min(sequence.num_remaining, budget)
         if sequence.request.sampling.prompt_logprobs is not None:
             unscored = sequence.first_needed_row - sequence.num_computed
             num_tokens = min(num_tokens, max(unscored, PROMPT_LOGPROB_ROWS))
         if num_tokens < sequence.num_remaining:
-            whole_pages = (sequence.num_computed + num_tokens) // self._cache.page_size * self._cache.page_size
+            whole_pages = (sequence.num_computed + num_tokens) // self._page_size * self._page_size
             num_tokens = max(whole_pages - sequence.num_computed, 0) or num_tokens
-        return num_tokens if self._cache.reserve(sequence.table, sequence.num_computed + num_tokens) else 0
+        return num_tokens
+
+    def _next_token(self, sequence: Sequence, length: int) -> Chunk:
+        """The chunk of a sequence whose last token alone is to be computed. Prompt rows were scored before."""
+        if length % self._page_size == 0:
+            self._cache.publish(sequence.table, sequence.tokens, length, pending=True)
+        return Chunk(sequence, length - 1, 1, length, 0, sequence.wants_output)
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         start, stop = sequence.num_computed, sequence.num_computed + num_tokens
@@ -242,33 +346,44 @@ class Scheduler:
         return Chunk(sequence, start, num_tokens, first, scored, samples)
 
     def _apply(self, chunk: Chunk, result: ChunkResult) -> TokenDelta | None:
-        sequence = chunk.sequence
+        sequence, start, num_tokens, _, num_scored_rows, _ = chunk
+        tokens = sequence.tokens
         if not sequence.started:
-            self._count_start(sequence, chunk.start)
-        sequence.num_computed = chunk.stop
-        sequence.num_prompt_scored += chunk.num_scored_rows
-        sequence.prompt_logprobs += result.prompt_logprobs
-        self._cache.publish(sequence.table, sequence.tokens, chunk.stop, pending=False)
-        if chunk.stop < len(sequence.tokens):
+            self._count_start(sequence, start)
+        stop = sequence.num_computed = start + num_tokens
+        if start < sequence.num_lost:
+            self.counters.repeated_tokens += min(stop, sequence.num_lost) - start
+        if stop // self._page_size > sequence.table.num_shared:
+            num_adopted = self._cache.publish(sequence.table, tokens, stop, pending=False)
+            self.counters.repeated_tokens += num_adopted * self._page_size
+        if num_scored_rows:
+            sequence.num_prompt_scored += num_scored_rows
+            sequence.prompt_logprobs += result.prompt_logprobs
+        if stop < len(tokens):
             return None
-        is_first = sequence.num_output == 0
+        cached_tokens = sequence.cached_tokens if stop == sequence.num_prompt else None
+        prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+        if sequence.prompt_logprobs:
+            prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+        token_ids: tuple[int, ...] = ()
         if result.token_id is not None:
-            sequence.tokens.append(result.token_id)
+            token_ids = (result.token_id,)
+            tokens.append(result.token_id)
             self.counters.generation_tokens += 1
-        finish = self._finish(sequence)
-        delta = TokenDelta(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
-            token_ids=() if result.token_id is None else (result.token_id,),
-            logprobs=() if result.logprobs is None else (result.logprobs,),
-            finish=finish,
-            cached_tokens=sequence.cached_tokens if is_first else None,
-            prompt_logprobs=tuple(sequence.prompt_logprobs),
-        )
-        sequence.prompt_logprobs = []
+        finish = _finish(sequence)
         if finish is not None:
             self._remove(sequence)
-        return delta
+        logprobs = () if result.logprobs is None else (result.logprobs,)
+        request_id = sequence.request.request_id
+        return TokenDelta(request_id, sequence.index, token_ids, logprobs, finish, cached_tokens, prompt_logprobs)
+
+    def _count_step(self, plan: StepPlan) -> None:
+        counters, num_tokens = self.counters, plan.num_tokens
+        counters.num_steps += 1
+        counters.computed_tokens += num_tokens
+        if plan.leaves_prompt:
+            counters.budget_tokens += self._limits.step_tokens
+            counters.budget_used_tokens += num_tokens
 
     def _count_start(self, sequence: Sequence, num_cached: int) -> None:
         sequence.started = True
@@ -277,21 +392,21 @@ class Scheduler:
         self.counters.prefix_queries_tokens += len(sequence.tokens)
         self.counters.prefix_hit_tokens += num_cached
 
-    def _finish(self, sequence: Sequence) -> Finish | None:
-        sampling = sequence.request.sampling
-        if sequence.num_output and sequence.num_output >= sampling.min_tokens:
-            last = sequence.tokens[-1]
-            if last in sampling.stop_token_ids or (last in self._eos and not sampling.ignore_eos):
-                return Finish("stop", stop_token_id=last)
-        at_limit = sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._limits.max_context
-        return Finish("length") if at_limit else None
-
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits and is computed again, from the cache as far as that lasts."""
         self.counters.num_preemptions += 1
+        sequence.num_lost = max(sequence.num_lost, sequence.num_computed)
         self._running.remove(sequence)
         self._reset(sequence)
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_urgency)
+        self._num_waiting_tokens += len(sequence.tokens)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self._num_waiting_tokens -= len(sequence.tokens)
 
     def _reset(self, sequence: Sequence) -> None:
         self._cache.release(sequence.table)
@@ -299,7 +414,10 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         self._reset(sequence)
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._dequeue(sequence)
         group = self._live[sequence.request.request_id]
         group.remove(sequence)
         if not group:
@@ -309,3 +427,11 @@ class Scheduler:
 def _urgency(sequence: Sequence) -> tuple[int, int]:
     """Sorts the most urgent first."""
     return (-sequence.request.priority, sequence.arrival)
+
+
+def _finish(sequence: Sequence) -> Finish | None:
+    """Why the sequence ends after its last token, if it does."""
+    length, last = len(sequence.tokens), sequence.tokens[-1]
+    if last in sequence.stop_token_ids and length >= sequence.min_length:
+        return Finish("stop", stop_token_id=last)
+    return Finish("length") if length >= sequence.max_length else None

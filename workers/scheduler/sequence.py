@@ -10,22 +10,35 @@ from workers.kv.cache import PageTable
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One of a request's outputs. Mutated only by Scheduler."""
+    """One of a request's outputs. Mutated only by Scheduler.
+
+    What a decode step asks for again and again is worked out of the request once.
+    """
 
     request: Request
     index: int
     arrival: int  # order among all sequences
     tokens: list[int]  # prompt, then output
     table: PageTable
+    stop_token_ids: frozenset[int] = frozenset()  # that end it, the model's own among them
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
+    num_lost: int = 0  # leading tokens that had been computed when a preemption took them
     num_prompt_scored: int = 0  # prompt positions whose log-probability has been taken
     cached_tokens: int = 0  # found in the cache when the sequence first ran
     started: bool = False
+    was_passed: bool = False  # a step was filled with others for lack of room for its prompt
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)  # not yet delivered
+    num_prompt: int = field(init=False)
+    min_length: int = field(init=False)  # tokens, prompt included, before a stop token may end it
+    max_length: int = field(init=False)  # tokens, prompt included
+    wants_output: bool = field(init=False)
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.token_ids)
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.num_prompt = len(self.request.token_ids)
+        self.min_length = self.num_prompt + max(1, sampling.min_tokens)
+        self.max_length = self.num_prompt + sampling.max_tokens
+        self.wants_output = sampling.max_tokens > 0
 
     @property
     def num_output(self) -> int:
@@ -39,10 +52,6 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.tokens) - 1
-
-    @property
-    def wants_output(self) -> bool:
-        return self.request.sampling.max_tokens > 0
 
     @property
     def first_needed_row(self) -> int:

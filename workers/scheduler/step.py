@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protos.messages import PositionLogprobs
 from workers.kv.cache import PageCopy
 from workers.scheduler.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The next tokens of one sequence that this step computes, and which of their logits are wanted."""
 
     sequence: Sequence
@@ -32,14 +32,14 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     copies: tuple[PageCopy, ...]
     started: tuple[Sequence, ...]  # run for the first time
+    leaves_prompt: bool = False  # prompt tokens that could not be taken any more wait for another step
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum([chunk.num_tokens for chunk in self.chunks])
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
+class ChunkResult(NamedTuple):
     """What computing a chunk gave."""
 
     token_id: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.workers.attention.script import PAGE_SIZE, Grown, Script, batch
-from workers.attention.protocol import AttentionBackend, KVShape, Segment, StepBatch
+from tests.workers.attention.script import PAGE_SIZE, Draft, Grown, Script, batch
+from workers.attention.protocol import MAX_TREE_ROWS, AttentionBackend, KVShape, Segment, SegmentKind, StepBatch
 from workers.attention.reference import ReferenceAttention
 from workers.attention.softmax import attend_by_matmul, attend_with_lse
 from workers.attention.torch_backend import TorchAttention
@@ -19,9 +20,23 @@ from workers.attention.torch_backend import TorchAttention
 CPU = torch.device("cpu")
 NUM_PAGES = 512
 
-BACKENDS: dict[str, tuple[Callable[[KVShape, torch.dtype], AttentionBackend], torch.dtype]] = {
-    "torch-float32": (lambda shape, dtype: TorchAttention(shape, dtype=dtype, device=CPU), torch.float32),
-    "torch-bfloat16": (lambda shape, dtype: TorchAttention(shape, dtype=dtype, device=CPU), torch.bfloat16),
+
+@dataclass(frozen=True)
+class BackendCase:
+    """A backend under test, with the type that it computes in and a page size that it takes."""
+
+    make: Callable[[KVShape, torch.dtype], AttentionBackend]
+    dtype: torch.dtype
+    page_size: int
+
+
+def make_torch(shape: KVShape, dtype: torch.dtype) -> AttentionBackend:
+    return TorchAttention(shape, dtype=dtype, device=CPU)
+
+
+BACKENDS = {
+    "torch-float32": BackendCase(make_torch, torch.float32, PAGE_SIZE),
+    "torch-bfloat16": BackendCase(make_torch, torch.bfloat16, PAGE_SIZE),
 }
 WINDOWS = [None, 1, 5, 16, 60]
 
@@ -37,6 +52,16 @@ class Duel:
     shape: KVShape
     generator: torch.Generator
     fp32_tolerance: float = 1e-5
+
+    @property
+    def page_size(self) -> int:
+        return self.shape.page_size
+
+    def script(self, seed: int) -> Script:
+        return Script(seed, self.shape.num_pages, self.page_size)
+
+    def page_slots(self, *pages: int) -> list[int]:
+        return [page * self.page_size + offset for page in pages for offset in range(self.page_size)]
 
     def step(self, batch: StepBatch, *, window: int | None = None) -> None:
         """Run a step of random queries, keys and values in every layer, and compare."""
@@ -63,6 +88,8 @@ class Duel:
         errors = [0.0]
         for row in range(len(query)):
             slots = self.reference.visible_slots(row, window)
+            if not slots:
+                continue
             key, value = keys[slots].to(self.dtype)[None], values[slots].to(self.dtype)[None]
             inputs = (query[row, None, None].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
             unsplit = F.scaled_dot_product_attention(*inputs, enable_gqa=True)[0, :, 0]
@@ -79,10 +106,11 @@ class Duel:
 
 
 def make_duel(name: str, *, num_kv_heads: int = 2, group: int = 3, head_dim: int = 32, num_layers: int = 1) -> Duel:
-    make, dtype = BACKENDS[name]
-    shape = KVShape(num_layers, NUM_PAGES, PAGE_SIZE, num_kv_heads, head_dim)
+    case = BACKENDS[name]
+    shape = KVShape(num_layers, NUM_PAGES, case.page_size, num_kv_heads, head_dim)
     generator = torch.Generator().manual_seed(7)
-    return Duel(make(shape, dtype), ReferenceAttention(shape), dtype, num_kv_heads * group, shape, generator)
+    backend = case.make(shape, case.dtype)
+    return Duel(backend, ReferenceAttention(shape), case.dtype, num_kv_heads * group, shape, generator)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -105,13 +133,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_prompts_of_many_lengths_in_one_stream(duel: Duel, window: int | None) -> None:
-    script = Script(1, NUM_PAGES)
+    script = duel.script(1)
     duel.step(script.grow(*((Grown(), length) for length in (1, 5, 40, 17, 16, 1, 90, 8))), window=window)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_chunked_prompts_beside_decodes(duel: Duel, window: int | None) -> None:
-    script = Script(2, NUM_PAGES)
+    script = duel.script(2)
     long, short, decoding = Grown(), Grown(), [Grown() for _ in range(4)]
     duel.step(script.grow(*((sequence, 3 + 20 * index) for index, sequence in enumerate(decoding))), window=window)
     for chunk in (40, 7, 1, 33):
@@ -121,7 +149,7 @@ def test_chunked_prompts_beside_decodes(duel: Duel, window: int | None) -> None:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_many_decodes_of_random_lengths(duel: Duel, window: int | None) -> None:
-    script = Script(3, NUM_PAGES)
+    script = duel.script(3)
     sequences = [Grown() for _ in range(24)]
     duel.step(script.grow(*((sequence, script.random.randint(1, 100)) for sequence in sequences)), window=window)
     for _ in range(2):
@@ -131,12 +159,12 @@ def test_many_decodes_of_random_lengths(duel: Duel, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 5, 20, 60])
 @pytest.mark.parametrize("seed", range(3))
 def test_trees_of_shared_prefixes(duel: Duel, seed: int, window: int | None) -> None:
-    script = Script(seed, NUM_PAGES)
-    root, step = script.prefix(start=0, end=6 * PAGE_SIZE)
+    script = duel.script(seed)
+    root, step = script.prefix(start=0, end=6 * duel.page_size)
     duel.step(step, window=window)
     leaves: list[Grown] = [Grown((root,), length=root.end)]
     for _ in range(2):
-        middle, step = script.prefix(start=root.end, end=root.end + 3 * PAGE_SIZE, behind=(root,))
+        middle, step = script.prefix(start=root.end, end=root.end + 3 * duel.page_size, behind=(root,))
         duel.step(step, window=window)
         leaves += [Grown((root, middle), length=middle.end) for _ in range(script.random.randint(1, 5))]
     alone = Grown()
@@ -147,86 +175,233 @@ def test_trees_of_shared_prefixes(duel: Duel, seed: int, window: int | None) -> 
 
 def test_rows_see_keys_that_others_store_in_the_same_step(duel: Duel) -> None:
     """A prefix and what stands behind it, computed in one step."""
-    pages = (5, 3, 9)
-    prefix = [Segment(0, 16, pages[:2], 0, 16)]
-    rest = [Segment(16, 2, pages[:2], 0, 16, "full"), Segment(16, 2, (9,), 16, 2)]
-    slots = [page * PAGE_SIZE + offset for page in pages for offset in range(PAGE_SIZE)][:18]
-    duel.step(batch(range(18), slots, [*rest, *prefix]))
+    end = 2 * duel.page_size
+    prefix = [Segment(0, end, (5, 3), 0, end)]
+    rest = [Segment(end, 2, (5, 3), 0, end, "full"), Segment(end, 2, (5, 3, 9), end, 2)]
+    duel.step(batch(range(end + 2), duel.page_slots(5, 3, 9)[: end + 2], [*rest, *prefix]))
 
 
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (4, 32)])
-def test_head_shapes_in_several_layers(backend_name: str, group: int, head_dim: int) -> None:
-    duel = make_duel(backend_name, group=group, head_dim=head_dim, num_layers=2)
-    script = Script(4, NUM_PAGES)
-    root, step = script.prefix(start=0, end=4 * PAGE_SIZE)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def test_head_shapes(backend_name: str, group: int, head_dim: int) -> None:
+    duel = make_duel(backend_name, group=group, head_dim=head_dim)
+    script = duel.script(4)
+    root, step = script.prefix(start=0, end=2 * duel.page_size)
     duel.step(step)
-    leaves = [Grown((root,), length=root.end) for _ in range(3)]
-    duel.step(script.grow(*zip(leaves, (1, 4, 20), strict=True), (Grown(), 30)))
+    leaves = [Grown((root,), length=root.end) for _ in range(4)]
+    duel.step(script.grow(*zip(leaves, (1, 4, 20, script.draft(5)), strict=True), (Grown(), 30)))
     duel.step(script.grow(*((leaf, 1) for leaf in leaves)))
+
+
+def test_several_layers(backend_name: str) -> None:
+    duel = make_duel(backend_name, num_layers=3)
+    script = duel.script(4)
+    sequences = [Grown() for _ in range(3)]
+    duel.step(script.grow(*zip(sequences, (1, 4, 20), strict=True)))
+    duel.step(script.grow(*((sequence, 1) for sequence in sequences)))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    "shape", ["chain", "star", "random", "single", "forest", "largest"], ids=lambda shape: f"{shape}-drafts"
+)
+def test_draft_trees_behind_a_shared_prefix(duel: Duel, shape: str, window: int | None) -> None:
+    """Draft trees beside a decode, a chunk of a prompt and a sequence of its own; then the drafts are overwritten."""
+    script = duel.script(10)
+    drafts = {
+        "chain": [Draft(tuple(range(-1, size - 1))) for size in (2, 7, 30)],
+        "star": [Draft((-1, *[0] * size)) for size in (1, 6, 29)],
+        "random": [script.draft(size) for size in (2, 7, 30)],
+        "single": [Draft((-1,)), Draft((-1,))],
+        "forest": [Draft((-1,) * size) for size in (3, 16, 17)],
+        "largest": [script.draft(MAX_TREE_ROWS), Draft(tuple(range(-1, MAX_TREE_ROWS - 1)))],
+    }[shape]
+    root, step = script.prefix(start=0, end=3 * duel.page_size)
+    duel.step(step, window=window)
+    leaves = [Grown((root,), length=root.end) for _ in range(len(drafts) + 2)]
+    alone = Grown()
+    duel.step(script.grow(*((leaf, 3 * index) for index, leaf in enumerate(leaves)), (alone, 40)), window=window)
+    growth: list[int | Draft] = [*drafts, 1, 20]
+    script.random.shuffle(growth)
+    for own in (drafts[0], 1, drafts[-1]):
+        duel.step(script.grow(*zip(leaves, growth, strict=True), (alone, own)), window=window)
+    duel.step(script.grow(*((leaf, 1) for leaf in leaves), (alone, 2)), window=window)
+
+
+def test_a_draft_tree_alone_in_its_sequence(duel: Duel) -> None:
+    """No key stands before the tree: the first token of a prompt may be followed by drafts at once."""
+    script = duel.script(11)
+    for window in (None, 1, 2):
+        duel.step(script.grow((Grown(), script.draft(20)), (Grown(), script.draft(5)), (Grown(), 3)), window=window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 9])
+def test_rows_of_a_draft_tree_see_only_their_ancestors(duel: Duel, window: int | None) -> None:
+    """Each row equals the row of a plain sequence that holds its ancestors alone."""
+    draft, script = Draft((-1, 0, 0, 1, 2, -1)), duel.script(12)
+    sequence = Grown()
+    duel.step(script.grow((sequence, 2 * duel.page_size - 3)))
+    length, pages = sequence.length, sequence.pages
+    query, key, value = duel.inputs(len(draft.parents))
+    step = script.grow((sequence, draft))
+    duel.backend.begin(step)
+    together = duel.backend.attend(0, query, key, value, window=window)
+    for node, path in enumerate(draft.paths):
+        end = length + len(path)
+        slots = duel.page_slots(*pages, *sequence.own_pages[len(pages) :])[length:end]
+        chain = batch(range(length, end), slots, [Segment(0, len(path), sequence.pages, 0, end)])
+        duel.backend.begin(chain)
+        alone = duel.backend.attend(0, query[path], key[path], value[path], window=window)
+        tolerance = 1e-5 if duel.dtype == torch.float32 else 0.02
+        torch.testing.assert_close(together[node], alone[-1], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 60, 100])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_trees_of_prefixes_cut_into_random_segments(duel: Duel, seed: int, window: int | None) -> None:
+    script = duel.script(100 + seed)
+    tree = script.tree(lambda step: duel.step(step, window=window))
+    leaves = list(tree.leaves())
+    for _ in range(3):
+        rows = [script.random.choice((0, 1, 1, 2, 18, script.draft(script.random.randint(1, 20)))) for _ in leaves]
+        duel.step(script.grow_planned(tree, list(zip(leaves, rows, strict=True))), window=window)
+
+
+@pytest.mark.parametrize("kind", ["causal", "full", "tree"])
+def test_segments_without_rows_or_keys_do_nothing(duel: Duel, kind: SegmentKind) -> None:
+    size = duel.page_size
+    empty = [
+        Segment(1, 0, (), 0, 0, kind),
+        Segment(1, 0, (2,), 0, size, kind),
+        Segment(0, 3, [], 0, 0, kind, (1, 2, 4) if kind == "tree" else ()),
+        Segment(1, 1, array("i"), size, 0, kind, (1,) if kind == "tree" else ()),
+    ]
+    duel.step(batch(range(3), duel.page_slots(2)[:3], [*empty[:2], Segment(0, 3, (2,), 0, 3), *empty[2:]]))
+    duel.step(batch(range(3), duel.page_slots(2)[:3], empty))
+    duel.step(batch(range(3), duel.page_slots(2)[:3], []))
+
+
+def test_a_step_without_rows(duel: Duel) -> None:
+    query, key, value = duel.inputs(0)
+    for segments in ([], [Segment(0, 0, (2,), 0, 4, "full")]):
+        for backend in (duel.backend, duel.reference):
+            backend.begin(batch([], [], segments))
+            assert backend.attend(0, query, key, value, window=None).shape == query.shape
+
+
+@pytest.mark.parametrize("num_prefixes", [1, 2])
+def test_rows_whose_window_leaves_them_no_key_are_zero(duel: Duel, num_prefixes: int) -> None:
+    """Row 0 is far behind the prefixes and has nothing else; row 1 sees the end of the last, row 2 its own key too."""
+    size = duel.page_size
+    step = batch(range(2 * size), duel.page_slots(4, 1), [Segment(0, 2 * size, (4, 1), 0, 2 * size)])
+    duel.step(step, window=4)
+    prefixes = [Segment(0, 3, (4, 1), page * size, size, "full") for page in range(2 - num_prefixes, 2)]
+    positions, slots = [2 * size + 10, 2 * size + 1, 2 * size + 2], duel.page_slots(6)[:3]
+    step = batch(positions, slots, [*prefixes, Segment(2, 1, (4, 1, 6), 2 * size, 3)])
+    duel.backend.begin(step)
+    duel.reference.begin(step)
+    attended = duel.attend(0, *duel.inputs(3), window=4)
+    assert attended[0].count_nonzero() == 0
+    assert attended[1:].count_nonzero(dim=-1).min() > 0
+
+
+def test_inputs_need_not_be_contiguous(duel: Duel) -> None:
+    """Heads before rows, slices of one product for all three, and every other number."""
+    heads, kv_heads = duel.num_heads, duel.shape.num_kv_heads
+    script = duel.script(13)
+    root, step = script.prefix(start=0, end=2 * duel.page_size)
+    duel.step(step)
+    leaves = [Grown((root,), length=root.end) for _ in range(4)]
+    for growth in ((3, 1, 20, script.draft(4)), (1, 1, 1, 1), (1, 1, 1, 1)):
+        step = script.grow(*zip(leaves, growth, strict=True))
+        duel.backend.begin(step)
+        duel.reference.begin(step)
+        num_rows = len(step.positions)
+        fused = duel.random(num_rows, heads + 2 * kv_heads)
+        duel.attend(0, *fused.split([heads, kv_heads, kv_heads], dim=1))
+        duel.attend(0, *(part.transpose(0, 1).contiguous().transpose(0, 1) for part in duel.inputs(num_rows)))
+        duel.attend(0, *(part.mT.contiguous().mT for part in duel.inputs(num_rows)))
+        duel.attend(0, *(part.repeat_interleave(2, dim=-1)[..., ::2] for part in duel.inputs(num_rows)))
 
 
 def test_layers_of_one_step_may_differ_in_their_window(backend_name: str) -> None:
     duel = make_duel(backend_name, num_layers=3)
-    step = Script(5, NUM_PAGES).grow((Grown(), 50), (Grown(), 3))
+    step = duel.script(5).grow((Grown(), 50), (Grown(), 3))
     duel.backend.begin(step)
     duel.reference.begin(step)
     for layer, window in enumerate((None, 4, None)):
         duel.attend(layer, *duel.inputs(53), window=window)
 
 
-@pytest.mark.parametrize("loud", ["prefix", "suffix", "both"])
-def test_scores_of_plus_and_minus_eighty(duel: Duel, loud: str) -> None:
-    """One side's scores are near 80, the other's near -80: a merge that is not log-domain overflows or loses a side."""
-    duel.fp32_tolerance = 80 * 3 * torch.finfo(torch.float32).eps  # a log-sum-exp of 80 is rounded that coarsely
-    script = Script(6, NUM_PAGES)
-    root, step = script.prefix(start=0, end=2 * PAGE_SIZE)
-    signs = {"prefix": (1, -1), "suffix": (-1, 1), "both": (1, 1)}[loud]
-    scale = (80 * duel.shape.head_dim**0.5) ** 0.5 / duel.shape.head_dim**0.5  # query . key / sqrt(head_dim) is 80
+@pytest.mark.parametrize("suffix_sign", [-1, 1])
+def test_scores_of_plus_and_minus_eighty(duel: Duel, suffix_sign: int) -> None:
+    """For each sequence's even heads the prefix's scores are near 80, for its odd heads near -80.
+
+    The suffix's are the opposite, or the same. A merge that is not log-domain overflows or loses a side.
+    """
+    duel.fp32_tolerance = 80 * 8 * torch.finfo(torch.float32).eps  # scores of 80 are rounded that coarsely
+    script = duel.script(6)
+    root, step = script.prefix(start=0, end=2 * duel.page_size)
+    scale = (80 / duel.shape.head_dim**0.5) ** 0.5  # query . key / sqrt(head_dim) is 80
 
     def attend(step: StepBatch, sign: int) -> None:
         num_rows = len(step.positions)
         duel.backend.begin(step)
         duel.reference.begin(step)
         query = torch.full((num_rows, duel.num_heads, duel.shape.head_dim), scale).to(duel.dtype)
+        query[:, 1::2] *= -1
         key = torch.full((num_rows, duel.shape.num_kv_heads, duel.shape.head_dim), sign * scale).to(duel.dtype)
         key[::2] *= 0.98  # neighbours' weights differ
         attended = duel.attend(0, query, key, duel.random(num_rows, duel.shape.num_kv_heads))
         assert attended.isfinite().all()
 
-    attend(step, signs[0])
-    attend(script.grow(*((Grown((root,), length=root.end), num_rows) for num_rows in (1, 3, 20))), signs[1])
+    attend(step, 1)
+    leaves = [Grown((root,), length=root.end) for _ in range(4)]
+    attend(script.grow(*zip(leaves, (1, 3, 20, script.draft(6)), strict=True)), suffix_sign)
 
 
 def test_copied_page_holds_the_source_in_every_layer(backend_name: str) -> None:
     duel = make_duel(backend_name, num_layers=2)
-    duel.step(batch(range(8), range(8), [Segment(0, 8, (0,), 0, 8)]))
+    size = duel.page_size
+    duel.step(batch(range(size), range(size), [Segment(0, size, (0,), 0, size)]))
     for backend in (duel.backend, duel.reference):
         backend.copy_page(0, 7)
-    fork = batch([6], [7 * PAGE_SIZE + 6], [Segment(0, 1, (7,), 0, 7)])
-    duel.step(fork)
-    duel.step(batch([7], [1 * PAGE_SIZE], [Segment(0, 1, (0,), 0, 8, "full"), Segment(0, 1, (1,), 8, 1)]))
+    duel.step(batch([size - 2], [8 * size - 2], [Segment(0, 1, (7,), 0, size - 1)]))
+    original = [Segment(0, 1, (0,), 0, size, "full"), Segment(0, 1, (0, 1), size, 1)]
+    duel.step(batch([size], [size], original))
 
 
 def test_keys_beyond_a_segment_are_never_read(duel: Duel) -> None:
     """Pages come back full of another request's NaNs; padding to the longest must not let them in."""
-    ruined = torch.full((16 * PAGE_SIZE, duel.shape.num_kv_heads, duel.shape.head_dim), torch.nan).to(duel.dtype)
-    everything = batch(
-        range(16 * PAGE_SIZE), range(16 * PAGE_SIZE), [Segment(0, 16 * PAGE_SIZE, tuple(range(16)), 0, 128)]
-    )
-    query = duel.random(16 * PAGE_SIZE, duel.num_heads)
-    duel.backend.begin(everything)
-    duel.backend.attend(0, query, ruined, ruined, window=None)
-    script = Script(8, 16)
+    num_rows = 16 * duel.page_size
+    ruined = torch.full((num_rows, duel.shape.num_kv_heads, duel.shape.head_dim), torch.nan).to(duel.dtype)
+    duel.backend.begin(batch(range(num_rows), range(num_rows), [Segment(0, num_rows, range(16), 0, num_rows)]))
+    duel.backend.attend(0, duel.random(num_rows, duel.num_heads), ruined, ruined, window=None)
+    script = Script(8, 16, duel.page_size)
     script.free.remove(0)  # its slots stay ruined
     sequences = [Grown() for _ in range(4)]
     duel.step(script.grow(*zip(sequences, (9, 17, 3, 20), strict=True)))
     duel.step(script.grow(*((sequence, 1) for sequence in sequences)))
     duel.step(script.grow(*((sequence, 2) for sequence in sequences)), window=4)
+    duel.step(script.grow(*((sequence, script.draft(3)) for sequence in sequences)))
+
+
+def test_a_value_of_nan_ruins_no_other_sequence(duel: Duel) -> None:
+    script = duel.script(14)
+    root, step = script.prefix(start=0, end=duel.page_size)
+    duel.step(step)
+    sequences = [Grown((root,), length=root.end), *(Grown((root,), length=root.end) for _ in range(2)), Grown()]
+    duel.backend.begin(script.grow(*((sequence, 1) for sequence in sequences)))
+    query, key, value = duel.inputs(4)
+    value[0] = torch.nan
+    attended = duel.backend.attend(0, query, key, value, window=None)
+    assert attended[0].isnan().all()
+    assert attended[1:].isfinite().all()
 
 
 def test_rows_of_no_segment_do_not_disturb_the_others(duel: Duel) -> None:
     """A step padded to a compile bucket has rows that nobody attends with; they come back as zeros."""
-    step = batch([0, 1, 2, 0], [0, 1, 2, 100], [Segment(0, 3, (0,), 0, 3)])
+    step = batch([0, 1, 2, 0], [0, 1, 2, 5 * duel.page_size], [Segment(0, 3, (0,), 0, 3)])
     duel.backend.begin(step)
     query, key, value = duel.inputs(4)
     padded = duel.backend.attend(0, query, key, value, window=None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
-from tests.workers.attention.script import PAGE_SIZE, Grown, Script
+from tests.workers.attention.script import PAGE_SIZE, Draft, Grown, Script, batch
 from workers.attention.parts import CHUNK_ROWS, STACKED_BYTES, Part, PartBuilder
-from workers.attention.protocol import KVShape, StepBatch
+from workers.attention.protocol import KVShape, Segment, StepBatch, check_segment
 
 SHAPE = KVShape(num_layers=1, num_pages=4096, page_size=PAGE_SIZE, num_kv_heads=1, head_dim=8)
 MAX_KEYS = STACKED_BYTES // (8 * 4)
@@ -98,3 +99,59 @@ def test_a_prefix_out_of_every_row_s_window_is_not_computed() -> None:
 
     assert num_segments(window=20) == 1
     assert num_segments(window=200) == 2
+
+
+def test_a_draft_tree_masks_its_own_square_alone() -> None:
+    script = Script(0, SHAPE.num_pages)
+    sequence = Grown()
+    script.grow((sequence, 3000))
+    draft = script.draft(40)
+    shared, square = build(script.grow((sequence, draft)))
+    assert (num_keys(shared), shared.mask) == (3000, None)
+    assert num_keys(square) == 40
+    assert square.mask is not None
+    seen = [[j for j in range(40) if square.mask[0, 0, row, j] == 0] for row in range(40)]
+    assert seen == draft.paths
+
+
+def test_small_draft_trees_and_chunks_of_as_many_rows_are_one_call() -> None:
+    script = Script(0, SHAPE.num_pages)
+    sequences = [Grown() for _ in range(8)]
+    script.grow(*((sequence, 50) for sequence in sequences))
+    (part,) = build(
+        script.grow(*((sequence, 4 if index % 2 else script.draft(4)) for index, sequence in enumerate(sequences)))
+    )
+    assert part.num_segments == 8
+
+
+def test_the_window_of_a_draft_tree_counts_positions_not_places() -> None:
+    """64 siblings at one position: the last is as near to the sequence's end as the first."""
+    script = Script(0, SHAPE.num_pages)
+    sequence = Grown()
+    script.grow((sequence, 2 * PAGE_SIZE))
+    (part,) = build(script.grow((sequence, Draft((-1,) * 64))), window=3)
+    assert num_keys(part) == PAGE_SIZE + 64  # the last page, for its last two keys
+    assert part.mask is not None
+    assert (part.mask == 0).sum(-1).unique().tolist() == [3]
+
+
+def test_segments_without_rows_or_keys_make_no_call() -> None:
+    segments = [Segment(0, 0, (), 0, 0), Segment(0, 2, (), 0, 0), Segment(0, 0, (1,), 0, 8, "full")]
+    assert build(batch([0, 1], [8, 9], segments)) == ()
+    assert build(batch([0, 1], [8, 9], segments), window=1) == ()
+
+
+def test_a_segment_that_breaks_its_promise_is_refused() -> None:
+    check_segment(Segment(0, 2, (0, 1), 8, 5, "tree", (1, 3)), PAGE_SIZE)
+    for broken in (
+        Segment(0, 2, (0, 1), 4, 5),
+        Segment(0, 2, (0,), 8, 5),
+        Segment(0, 2, (0,), 0, 1),
+        Segment(0, -1, (0,), 0, 1),
+        Segment(0, 2, (0, 1), 8, 5, "tree", (1,)),
+        Segment(0, 2, (0, 1), 8, 5, "tree", (1, 1)),
+        Segment(0, 2, (0, 1), 8, 5, "tree", (1, 6)),
+        Segment(0, 65, range(20), 8, 70, "tree", tuple(1 << row for row in range(65))),
+    ):
+        with pytest.raises(AssertionError):
+            check_segment(broken, PAGE_SIZE)

@@ -42,9 +42,83 @@ def test_match_finds_the_longest_common_run_of_whole_pages(prompts: list[list[in
     cache = KVCache(num_pages=512, page_size=PAGE)
     for count, prompt in enumerate(prompts):
         best = max((common(prompt, earlier) for earlier in prompts[:count]), default=0)
+        assert cache.measure("", prompt, limit=len(prompt)) == best // PAGE * PAGE
         assert cached(cache, prompt) == best // PAGE * PAGE
         cache.release(fill(cache, prompt))
         cache.check([])
+
+
+def test_measuring_changes_nothing() -> None:
+    cache = KVCache(num_pages=8, page_size=PAGE)
+    cache.release(fill(cache, [1] * 8))
+    cache.release(fill(cache, [2] * 8))
+    assert cache.measure("", [1] * 6, limit=6) == 4
+    assert cache.measure("", [1] * 6, limit=3) == 0
+    assert cache.measure("other", [1] * 6, limit=6) == 0
+    [first, _] = cache._tree.root("").children.values()
+    assert len(first.pages) == 2
+    table = PageTable("")
+    assert cache.reserve(table, 5 * PAGE)
+    assert (cached(cache, [1] * 8), cached(cache, [2] * 8)) == (PAGE, 2 * PAGE)  # the older lost its end all the same
+
+
+def test_a_shared_path_names_what_others_hold_too() -> None:
+    cache = KVCache(num_pages=16, page_size=PAGE)
+    alone = fill(cache, [1] * 12)
+    assert cache.shared_path(alone) == ()
+    twin = fill(cache, [1] * 8 + [2] * 5)
+    [(node, end)] = cache.shared_path(twin)
+    assert end == 2
+    assert cache.shared_path(alone) == ((node, 2),)
+    third = fill(cache, [1] * 4 + [3] * 5)
+    [top] = cache.shared_path(third)
+    assert (
+        cache.shared_path(alone) == cache.shared_path(twin) == (top, (node, 2))
+    )  # cut in two, one part still named so
+    assert top[1] == 1
+    cache.release(twin)
+    cache.release(third)
+    assert cache.shared_path(alone) == ()
+
+
+def test_the_version_stays_while_sequences_only_grow() -> None:
+    cache = KVCache(num_pages=64, page_size=PAGE)
+    rows = [[1] * 8 + [number] for number in range(2, 5)]
+    tables = [fill(cache, tokens) for tokens in rows]
+    paths, version = [cache.shared_path(table) for table in tables], cache.version
+    for step in range(6 * PAGE):
+        for tokens, table in zip(rows, tables, strict=True):
+            tokens.append(step)
+            assert cache.reserve(table, len(tokens))
+            cache.publish(table, tokens, len(tokens), pending=True)
+        cache.commit()
+    assert cache.num_available < 64 - 3 * 6
+    assert (cache.version, [cache.shared_path(table) for table in tables]) == (version, paths)
+
+
+def test_the_version_grows_when_a_sequence_joins_or_leaves_others() -> None:
+    cache = KVCache(num_pages=16, page_size=PAGE)
+    versions = [cache.version]
+    fill(cache, [1] * 9)
+    other = fill(cache, [1] * 9)
+    versions.append(cache.version)
+    fill(cache, [1] * 5 + [2] * 4)
+    versions.append(cache.version)
+    cache.release(other)
+    versions.append(cache.version)
+    assert sorted(set(versions)) == versions
+
+
+def test_the_version_grows_when_a_shared_node_is_cut_in_two() -> None:
+    cache = KVCache(num_pages=16, page_size=PAGE)
+    first, _ = fill(cache, [1] * 13), fill(cache, [1] * 13)
+    short = fill(cache, [1] * 7)
+    version, path = cache.version, cache.shared_path(first)
+    assert cache.reserve(short, 8)
+    cache.publish(short, [1] * 8, 8, pending=True)  # finds the second of two pages' node; stays on its own page for now
+    assert [end for _, end in path] == [1, 3]
+    assert [end for _, end in cache.shared_path(first)] == [1, 2, 3]
+    assert cache.version > version
 
 
 def test_salts_never_share() -> None:
@@ -123,6 +197,8 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.cache = KVCache(num_pages=12, page_size=PAGE)
         self.live: list[tuple[list[int], PageTable, int]] = []
+        self.paths: dict[PageTable, tuple[tuple[int, int], ...]] = {}
+        self.version = 0
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), salt=st.sampled_from(["", "x"]))
     def admit(self, tokens: list[int], salt: str) -> None:
@@ -169,6 +245,31 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check(table for _, table, _ in self.live)
         for tokens, table, _ in self.live:
             assert len(table.pages) >= self.cache.pages_for(len(tokens))
+
+    @invariant()
+    def shared_paths_say_who_holds_what(self) -> None:
+        tables = [table for _, table, _ in self.live]
+        for table in tables:
+            ends = [end for _, end in self.cache.shared_path(table)]
+            others = [shared_pages(table, other) for other in tables if other is not table]
+            assert max(ends, default=0) == max(others, default=0)
+            assert sorted(set(ends)) == ends
+            for other, num_pages in zip([t for t in tables if t is not table], others, strict=True):
+                both = set(self.cache.shared_path(table)) & set(self.cache.shared_path(other))
+                assert max((end for _, end in both), default=0) == num_pages
+
+    @invariant()
+    def shared_paths_change_with_the_version_only(self) -> None:
+        before, version = self.paths, self.version
+        self.paths = {table: self.cache.shared_path(table) for _, table, _ in self.live}
+        self.version = self.cache.version
+        if version == self.version:
+            assert all(self.paths[table] == path for table, path in before.items() if table in self.paths)
+
+
+def shared_pages(left: PageTable, right: PageTable) -> int:
+    """Leading pages that the tree holds for both."""
+    return common(left.pages[: left.num_shared], right.pages[: right.num_shared])
 
 
 TestCacheMachine = CacheMachine.TestCase

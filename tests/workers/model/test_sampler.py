@@ -8,7 +8,7 @@ import torch
 
 from protos.messages import Sampling
 from workers.model.draws import draw_key, exponential
-from workers.model.sampler import Row, position_logprobs, sample
+from workers.model.sampler import Row, is_plain, position_logprobs, sample
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -115,6 +115,30 @@ def test_greedy_is_the_argmax_and_leaves_logits_alone() -> None:
     assert sample(logits, [row(temperature=0.0, repetition_penalty=1.1)] * 3) is not None
     assert sample(logits, [row(temperature=0.0)] * 3) == logits.argmax(-1).tolist()
     assert torch.equal(logits, before)
+
+
+def test_a_plain_row_needs_no_row() -> None:
+    logits = some_logits(4)
+    rows = [row(temperature=0.0), row(3), row(temperature=0.0, tokens=(1, 2), repetition_penalty=1.5), row(4, top_k=5)]
+    assert sample(logits, [None, *rows[1:]]) == sample(logits, rows)
+    assert sample(logits, [None] * 4) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "plain"),
+    [
+        ({}, True),
+        ({"top_k": 5, "top_p": 0.5, "ignore_eos": True, "logprobs": 2}, True),
+        ({"temperature": 0.7}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"frequency_penalty": -0.1}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+        ({"min_tokens": 2}, False),
+    ],
+)
+def test_plain_is_greedy_without_anything_that_moves_logits(fields: dict[str, Any], plain: bool) -> None:
+    assert is_plain(Sampling(seed=0, max_tokens=9, **{"temperature": 0.0, **fields})) == plain
 
 
 def test_penalties_bias_and_bans() -> None:

@@ -129,6 +129,31 @@ def test_a_failed_step_loses_only_its_own_requests() -> None:
     assert toy.outputs["good", 0] == expected(PROMPT, 5)
 
 
+def test_sequences_that_relied_on_a_cancelled_one_go_on() -> None:
+    toy = Toy(step_tokens=64)
+    prompts = {name: [*range(16), ord(name)] for name in "abc"}
+    for name, prompt in prompts.items():
+        toy.add(name, prompt)
+    plan = toy.step()
+    assert [chunk.num_tokens for chunk in plan.chunks] == [17, 1, 1]  # b and c use what a computes
+    toy.scheduler.cancel("a")
+    toy.add("d", [*range(16), 4])
+    toy.run()
+    assert all(toy.outputs[name, 0] == expected(prompts[name], 5) for name in "bc")
+    assert toy.outputs["d", 0] == expected([*range(16), 4], 5)
+
+
+def test_nothing_is_cancelled_while_a_plan_is_out() -> None:
+    toy = Toy()
+    toy.add("a", PROMPT)
+    plan = toy.scheduler.plan()
+    with pytest.raises(AssertionError, match="between plan and commit"):
+        toy.scheduler.cancel("a")
+    toy.scheduler.commit(plan, toy.compute(plan))
+    toy.scheduler.cancel("a")
+    assert not toy.scheduler.has_work
+
+
 def test_a_resumed_request_continues_where_it_was() -> None:
     whole = expected(PROMPT, 8)
     toy = Toy()
@@ -164,7 +189,7 @@ requests = st.lists(
         st.integers(1, 12),  # max_tokens
         st.integers(1, 3),  # n
         st.integers(0, 6),  # steps before the next arrives
-        st.booleans(),  # cancelled later
+        st.sampled_from(["run", "cancel", "fail"]),  # what happens after those steps
         st.integers(0, 1),  # priority
     ),
     min_size=1,
@@ -175,21 +200,23 @@ requests = st.lists(
 @given(requests, st.integers(9, 30), st.integers(4, 24), st.integers(2, 6))
 @settings(max_examples=200, deadline=None)
 def test_any_mix_gives_what_each_request_gives_alone(
-    mix: list[tuple[list[int], int, int, int, bool, int]], num_pages: int, step_tokens: int, max_running: int
+    mix: list[tuple[list[int], int, int, int, str, int]], num_pages: int, step_tokens: int, max_running: int
 ) -> None:
     toy = Toy(num_pages=num_pages, step_tokens=max(step_tokens, max_running), max_running=max_running)
-    cancelled = set()
-    for number, (prompt, max_tokens, n, steps, cancel, priority) in enumerate(mix):
+    ended = set()
+    for number, (prompt, max_tokens, n, steps, event, priority) in enumerate(mix):
         toy.add(str(number), prompt, max_tokens=max_tokens, n=n, priority=priority)
         for _ in range(steps):
             toy.step()
-        if cancel:
-            cancelled.add(str(number))
+        if event == "cancel":
+            ended.add(str(number))
             toy.scheduler.cancel(str(number))
+        elif event == "fail":
+            ended.update(toy.fail())
     toy.run()
     for number, (prompt, max_tokens, n, _, _, _) in enumerate(mix):
         for index in range(n):
             made = toy.outputs.get((str(number), index), [])
             whole = expected(prompt, max_tokens, index)
-            assert made == (whole[: len(made)] if str(number) in cancelled else whole)
+            assert made == (whole[: len(made)] if str(number) in ended else whole)
     assert toy.cache.num_available == toy.cache.num_pages

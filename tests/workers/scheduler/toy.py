@@ -48,6 +48,12 @@ class Toy:
         self.scheduler.check()
         return plan
 
+    def fail(self) -> list[str]:
+        """A step whose computing fails; returns the requests that ended with it."""
+        dropped = self.scheduler.rollback(self.scheduler.plan())
+        self.scheduler.check()
+        return dropped
+
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
             if not self.scheduler.has_work:

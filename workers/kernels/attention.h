@@ -1,0 +1,400 @@
+// Attention over a step's segments, and the store of keys and values.
+//
+// A tile's queries (its rows times the heads of a group) go over their keys in chunks with a running maximum and sum
+// (online softmax, arXiv 1805.02867). A row of several tiles gets their merge by log-sum-exp in float (Hydragen, arXiv
+// 2402.05099, equation 4). Scores are in base 2: queries are scaled by log2(e) / sqrt(head_dim).
+//
+// A page holds, for each key head, its keys and then its values as panels (see element.h):
+//
+//     keys    [page_size / 32] panels of [padded_dim / depth][32 keys][depth]
+//     values  [padded_dim / 32] panels of [page_size / depth][32 dims][depth]
+#pragma once
+
+#include <cmath>
+
+#include "buffer.h"
+#include "crew.h"
+#include "product.h"
+#include "segments.h"
+
+namespace headwater {
+
+struct AttentionShape {
+  int num_layers;
+  int num_pages;
+  int page_size;  // tokens; a multiple of 32
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+
+  int group() const { return num_heads / num_kv_heads; }
+  int padded_dim() const { return round_up(head_dim, kPanel); }
+};
+
+template <class T>
+class KVStore {
+ public:
+  explicit KVStore(const AttentionShape& shape)
+      : shape_(shape),
+        half_(long(shape.page_size) * shape.padded_dim()),
+        data_(size_t(shape.num_layers) * shape.num_pages * shape.num_kv_heads * half_ * 2) {}
+
+  const T* keys(int layer, int page, int head) const { return data_.data() + offset(layer, page, head); }
+  const T* values(int layer, int page, int head) const { return keys(layer, page, head) + half_; }
+
+  long half_bytes() const { return half_ * long(sizeof(T)); }
+
+  // slot = page * page_size + place in the page
+  void write_key(int layer, long slot, int head, const T* key) {
+    constexpr int depth = Element<T>::kDepth;
+    const int place = int(slot % shape_.page_size);
+    T* to = data_.data() + offset(layer, int(slot / shape_.page_size), head) +
+            long(place / kPanel) * kPanel * shape_.padded_dim() + place % kPanel * depth;
+    for (int d = 0; d < shape_.head_dim; d += depth, to += kPanel * depth) memcpy(to, key + d, depth * sizeof(T));
+  }
+
+  void write_value(int layer, long slot, int head, const T* value) {
+    constexpr int depth = Element<T>::kDepth;
+    const int place = int(slot % shape_.page_size);
+    T* panel = data_.data() + offset(layer, int(slot / shape_.page_size), head) + half_ +
+               place / depth * kPanel * depth + place % depth;
+    for (int d = 0; d < shape_.head_dim; d += kPanel, panel += long(kPanel) * shape_.page_size)
+      for (int i = 0; i < std::min(kPanel, shape_.head_dim - d); i++) panel[i * depth] = value[d + i];
+  }
+
+  void copy_page(int source, int target) {
+    const long size = half_ * 2 * shape_.num_kv_heads;
+    for (int layer = 0; layer < shape_.num_layers; layer++)
+      memcpy(data_.data() + offset(layer, target, 0), data_.data() + offset(layer, source, 0), size * sizeof(T));
+  }
+
+ private:
+  long offset(int layer, int page, int head) const {
+    return ((long(layer) * shape_.num_pages + page) * shape_.num_kv_heads + head) * half_ * 2;
+  }
+
+  AttentionShape shape_;
+  long half_;  // elements of one head's keys in a page
+  Buffer<T> data_;
+};
+
+// The softmax of one row, as far as it has come.
+struct Running {
+  float highest = kLowest;
+  float sum = 0;
+};
+
+template <class T>
+class Attention {
+ public:
+  static constexpr int kChunk = 128;  // keys between two updates of the running maximum, or one page if that is more
+  static constexpr int kSplitKeys = 2048;  // of one tile, rounded up to whole chunks
+  static constexpr int kSpareRows = 32;  // AMX reads and writes whole tiles
+  static constexpr int kMergedRows = 8;  // per unit
+  static constexpr long kSmallTile = 4096;  // rows times keys
+  static constexpr int kTilesPerThread = 4;
+
+  Attention(const AttentionShape& shape, int num_threads)
+      : shape_(shape), store_(shape), chunk_(round_up(std::max(kChunk, shape.page_size), shape.page_size)) {
+    for (int i = 0; i < num_threads; i++) scratch_.emplace_back(*this);
+  }
+
+  const AttentionShape& shape() const { return shape_; }
+  KVStore<T>& kv() { return store_; }
+
+  // Cuts the step. `positions` and the segments, with what they point at, must live until the step is done.
+  void begin(const Segment* segments, int num_segments, const int64_t* positions, int num_rows) {
+    segments_ = segments;
+    positions_ = positions;
+    num_rows_ = num_rows;
+    tiles_.cut(segments, num_segments, num_rows, shape_.group(), round_up(kSplitKeys, chunk_));
+    queries_.reserve((size_t(num_rows) * shape_.num_heads + Tiles::kQueries + kSpareRows) * shape_.padded_dim());
+    split_into_units();
+    parts_.reserve(size_t(tiles_.num_slots()) * shape_.num_heads * shape_.padded_dim());
+    running_.resize(size_t(tiles_.num_slots()) * shape_.num_heads);
+  }
+
+  int num_tile_units() const { return int(units_.size()); }
+  int num_merge_units() const { return int(tiles_.merged_rows().size() + kMergedRows - 1) / kMergedRows; }
+
+  // head_dim floats become a query; what lies beyond head_dim stays zero.
+  void write_query(int row, int head, const float* query) {
+    T* to = queries(head / shape_.group(), row) + long(head % shape_.group()) * shape_.padded_dim();
+    convert(to, query, shape_.head_dim, kLog2E / sqrtf(float(shape_.head_dim)));
+  }
+
+  // out [rows][out_stride], heads one after another. window: 0 for none.
+  void attend(int layer, int window, int unit, int thread, T* out, int out_stride) {
+    const auto [tile, first_head, end_head] = units_[unit];
+    for (int head = first_head; head < end_head; head++)
+      attend_head(layer, window, tiles_.by_size(tile), head, head + 1 < end_head, scratch_[thread], out, out_stride);
+  }
+
+  void merge(int unit, int thread, T* out, int out_stride) {
+    const std::vector<int>& rows = tiles_.merged_rows();
+    const int end = std::min(int(rows.size()), (unit + 1) * kMergedRows);
+    for (int i = unit * kMergedRows; i < end; i++)
+      for (int head = 0; head < shape_.num_heads; head++)
+        merge_head(rows[i], head, scratch_[thread], result(out, out_stride, rows[i], head));
+  }
+
+ private:
+  // Some key heads of a tile.
+  struct Unit {
+    int tile;  // by size
+    int first_head, end_head;
+  };
+
+  struct Scratch {
+    Buffer<float> scores;  // [queries][chunk]
+    Buffer<T> weights;     // [queries][chunk]
+    Buffer<float> sums;    // [queries][padded_dim]
+    Buffer<float> zeros;   // [padded_dim]
+    std::vector<const T*> panels;
+    std::vector<Running> running;
+    std::vector<int> first, limit;  // the keys that a query sees: [first, limit), and those of its mask
+    std::vector<uint64_t> mask;
+
+    explicit Scratch(const Attention& a)
+        : scores(long(a.max_queries() + kSpareRows) * a.chunk_),
+          weights(long(a.max_queries() + kSpareRows) * a.chunk_),
+          sums(long(a.max_queries() + kSpareRows) * a.shape_.padded_dim()),
+          zeros(a.shape_.padded_dim()),
+          panels(std::max(a.chunk_ / kPanel, a.chunk_ / a.shape_.page_size * (a.shape_.padded_dim() / kPanel))),
+          running(a.max_queries()),
+          first(a.max_queries()),
+          limit(a.max_queries()),
+          mask(a.max_queries()) {}
+  };
+
+  int max_queries() const { return std::max(Tiles::kQueries, shape_.group()); }
+
+  T* queries(int kv_head, int row) {
+    return queries_.data() + (long(kv_head) * num_rows_ + row) * shape_.group() * shape_.padded_dim();
+  }
+
+  T* result(T* out, int out_stride, int row, int head) const {
+    return out + long(row) * out_stride + long(head) * shape_.head_dim;
+  }
+
+  // A large tile's heads go to the threads one by one, so that these end together; a small one's stay together, so that
+  // the next head's keys are fetched while the last one's are used.
+  void split_into_units() {
+    units_.clear();
+    const bool is_plenty = tiles_.num_tiles() >= kTilesPerThread * int(scratch_.size());
+    for (int i = 0; i < tiles_.num_tiles(); i++) {
+      const Tile& tile = tiles_.by_size(i);
+      const bool is_small = long(tile.num_rows) * (tile.end_key - tile.first_key) <= kSmallTile;
+      const int num_heads = is_small && is_plenty ? shape_.num_kv_heads : 1;
+      for (int head = 0; head < shape_.num_kv_heads; head += num_heads) units_.push_back({i, head, head + num_heads});
+    }
+  }
+
+  void attend_head(int layer, int window, const Tile& tile, int head, bool has_next, Scratch& scratch, T* out,
+                   int out_stride) {
+    const int num_queries = tile.num_rows * shape_.group();
+    for (int i = 0; i < num_queries; i++) scratch.running[i] = Running{};
+    const bool is_empty = !run_chunks(layer, window, tile, head, has_next, num_queries, scratch);
+    for (int i = 0; i < num_queries; i++) {
+      const float* sums = is_empty ? scratch.zeros.data() : scratch.sums.data() + long(i) * shape_.padded_dim();
+      const int row = i / shape_.group(), query_head = head * shape_.group() + i % shape_.group();
+      const int slot = tiles_.slot(tile, row);
+      if (slot == Tiles::kAlone)
+        write_result(scratch.running[i].sum, sums, result(out, out_stride, tile.row + row, query_head));
+      else
+        write_part(slot, query_head, scratch.running[i], sums);
+    }
+  }
+
+  // False where no row sees a key.
+  bool run_chunks(int layer, int window, const Tile& tile, int head, bool has_next, int num_queries,
+                  Scratch& scratch) {
+    const Segment& segment = segments_[tile.segment];
+    const int begin = find_visible(segment, window, tile, scratch);
+    for (int key = begin; key < tile.end_key; key += chunk_) {
+      const int num_pages = pages_from(key, tile);
+      const int32_t* pages = pages_of(segment, key);
+      for (int i = 0; i < num_pages; i++) prefetch(store_.values(layer, pages[i], head), store_.half_bytes());
+      score(layer, head, pages, num_pages, queries(head, tile.row), num_queries, scratch);
+      for (int i = 0; i < num_queries; i++) weigh(i, key, num_pages * shape_.page_size, key == begin, scratch);
+      if (key + chunk_ < tile.end_key)
+        prefetch_keys(layer, segment, key + chunk_, tile, head);
+      else if (has_next)
+        prefetch_keys(layer, segment, begin, tile, head + 1);
+      add_values(layer, head, pages, num_pages, num_queries, key == begin, scratch);
+    }
+    return begin < tile.end_key;
+  }
+
+  const int32_t* pages_of(const Segment& segment, int key) const {
+    return segment.pages + (segment.key_start + key) / shape_.page_size;
+  }
+
+  void prefetch_keys(int layer, const Segment& segment, int key, const Tile& tile, int head) const {
+    const int32_t* pages = pages_of(segment, key);
+    for (int i = 0; i < pages_from(key, tile); i++) prefetch(store_.keys(layer, pages[i], head), store_.half_bytes());
+  }
+
+  // How many pages the chunk at `key` has.
+  int pages_from(int key, const Tile& tile) const {
+    return (std::clamp(tile.end_key - key, 0, chunk_) + shape_.page_size - 1) / shape_.page_size;
+  }
+
+  // Fills in what each query sees; returns the first chunk that any of them reaches into.
+  int find_visible(const Segment& segment, int window, const Tile& tile, Scratch& scratch) const {
+    int earliest = tile.end_key;
+    const int group = shape_.group();
+    for (int r = 0; r < tile.num_rows; r++) {
+      const int row = tile.row + r;
+      const int first = window ? std::max<int>(0, int(positions_[row] - window + 1 - segment.key_start)) : 0;
+      const int limit = std::min(int(segment.limit(row)), tile.end_key);
+      const uint64_t mask = tree_mask(segment, row, window, tile.end_key - limit);
+      for (int i = r * group; i < (r + 1) * group; i++) {
+        scratch.first[i] = first;
+        scratch.limit[i] = limit;
+        scratch.mask[i] = mask;
+      }
+      earliest = std::min(earliest, mask ? std::min(first, limit) : first);
+    }
+    return std::max(tile.first_key, earliest / chunk_ * chunk_);
+  }
+
+  // Which of a tree's first `num_keys` keys the row sees. They are rows of this step and have their positions.
+  uint64_t tree_mask(const Segment& segment, int row, int window, int num_keys) const {
+    uint64_t mask = segment.mask(row);
+    for (int j = 0; mask >> j != 0 && j < 63; j++) {
+      const bool is_far = window && positions_[segment.row_start + j] <= positions_[row] - window;
+      if (is_far || j >= num_keys) mask &= ~(uint64_t(1) << j);
+    }
+    return mask;
+  }
+
+  void score(int layer, int head, const int32_t* pages, int num_pages, const T* queries, int num_queries,
+             Scratch& scratch) const {
+    const int per_page = shape_.page_size / kPanel;
+    for (int i = 0; i < num_pages; i++) {
+      const T* keys = store_.keys(layer, pages[i], head);
+      for (int j = 0; j < per_page; j++)
+        scratch.panels[i * per_page + j] = keys + long(j) * kPanel * shape_.padded_dim();
+    }
+    Product<T> product;
+    product.a = queries;
+    product.lda = shape_.padded_dim();
+    product.panels = scratch.panels.data();
+    product.num_panels = num_pages * per_page;
+    product.num_blocks = 1;
+    product.num_steps = shape_.padded_dim() / Element<T>::kDepth;
+    product.c = scratch.scores.data();
+    product.ldc = chunk_;
+    product.adds = false;
+    product.has_next = false;
+    multiply(product, num_queries);
+  }
+
+  void add_values(int layer, int head, const int32_t* pages, int num_pages, int num_queries, bool is_first,
+                  Scratch& scratch) const {
+    const int num_panels = shape_.padded_dim() / kPanel;
+    for (int i = 0; i < num_pages; i++)
+      for (int j = 0; j < num_panels; j++)
+        scratch.panels[i * num_panels + j] =
+            store_.values(layer, pages[i], head) + long(j) * kPanel * shape_.page_size;
+    Product<T> product;
+    product.a = scratch.weights.data();
+    product.lda = chunk_;
+    product.panels = scratch.panels.data();
+    product.num_panels = num_panels;
+    product.num_blocks = num_pages;
+    product.num_steps = shape_.page_size / Element<T>::kDepth;
+    product.c = scratch.sums.data();
+    product.ldc = shape_.padded_dim();
+    product.adds = !is_first;
+    product.has_next = false;
+    multiply(product, num_queries);
+  }
+
+  // One query's scores of the chunk at `key` become weights.
+  void weigh(int query, int key, int num_keys, bool is_first, Scratch& scratch) const {
+    float* scores = scratch.scores.data() + long(query) * chunk_;
+    T* weights = scratch.weights.data() + long(query) * chunk_;
+    if (scratch.first[query] > key || scratch.limit[query] < key + num_keys) hide(query, key, num_keys, scratch);
+    Running& running = scratch.running[query];
+    Vec highest = splat(running.highest);
+    for (int i = 0; i < num_keys; i += kLanes) highest = maximum(highest, load(scores + i));
+    const float now = max_of(highest);
+    if (now == kLowest) {  // it has seen no key yet
+      memset(static_cast<void*>(weights), 0, num_keys * sizeof(T));
+      return;
+    }
+    const Vec base = splat(now);
+    Vec sum{};
+    for (int i = 0; i < num_keys; i += kLanes) {
+      const Vec weight = exp2_of(load(scores + i) - base);
+      sum += weight;
+      store_as(weights + i, weight);
+    }
+    const float kept = now == running.highest ? 1.f : exp2f(running.highest - now);
+    running.sum = running.sum * kept + sum_of(sum);
+    running.highest = now;
+    if (is_first || kept == 1.f) return;
+    float* sums = scratch.sums.data() + long(query) * shape_.padded_dim();
+    for (int d = 0; d < shape_.padded_dim(); d += kLanes) store(sums + d, load(sums + d) * splat(kept));
+  }
+
+  // The scores of the keys that a query must not see become the lowest.
+  void hide(int query, int key, int num_keys, Scratch& scratch) const {
+    float* scores = scratch.scores.data() + long(query) * chunk_;
+    const int first = std::clamp(scratch.first[query] - key, 0, num_keys);
+    const int limit = scratch.limit[query] - key;  // may be before or behind this chunk
+    std::fill(scores, scores + first, kLowest);
+    const uint64_t mask = scratch.mask[query];
+    for (int i = std::max(limit, 0); i < num_keys; i++)
+      if (i - limit >= 64 || !(mask >> (i - limit) & 1)) scores[i] = kLowest;
+  }
+
+  void write_result(float sum, const float* sums, T* to) const {
+    convert(to, sums, shape_.head_dim, sum > 0 ? 1.f / sum : 0.f);
+  }
+
+  float* part(int slot, int head) {
+    return parts_.data() + (long(slot) * shape_.num_heads + head) * shape_.padded_dim();
+  }
+
+  void write_part(int slot, int head, const Running& running, const float* sums) {
+    running_[long(slot) * shape_.num_heads + head] = running;
+    memcpy(part(slot, head), sums, shape_.padded_dim() * sizeof(float));
+  }
+
+  void merge_head(int row, int head, Scratch& scratch, T* to) {
+    const int first = tiles_.first_part(row), end = first + tiles_.num_parts(row);
+    float highest = kLowest, sum = 0;
+    for (int slot = first; slot < end; slot++)
+      highest = std::max(highest, running_[long(slot) * shape_.num_heads + head].highest);
+    float* sums = scratch.sums.data();
+    memset(sums, 0, shape_.padded_dim() * sizeof(float));
+    for (int slot = first; slot < end; slot++) {
+      const Running& running = running_[long(slot) * shape_.num_heads + head];
+      if (running.sum == 0) continue;
+      const float weight = exp2f(running.highest - highest);
+      sum += running.sum * weight;
+      const float* from = part(slot, head);
+      for (int d = 0; d < shape_.padded_dim(); d += kLanes)
+        store(sums + d, load(sums + d) + load(from + d) * splat(weight));
+    }
+    write_result(sum, sums, to);
+  }
+
+  const AttentionShape shape_;
+  KVStore<T> store_;
+  const int chunk_;  // keys
+  Tiles tiles_;
+  std::vector<Unit> units_;
+  const Segment* segments_ = nullptr;
+  const int64_t* positions_ = nullptr;
+  int num_rows_ = 0;
+  Buffer<T> queries_;  // [kv_heads][rows][group][padded_dim]
+  Buffer<float> parts_;
+  std::vector<Running> running_;
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace headwater

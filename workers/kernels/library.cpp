@@ -1,0 +1,206 @@
+// What Python calls, through ctypes (workers/kernels/library.py): objects by pointer, arrays by address.
+//
+// Every function that can fail returns 0 or -1 and leaves the reason for headwater_error(). One variant of the
+// instruction set is compiled into one shared library.
+
+#include <exception>
+#include <string>
+
+#include "decoder.h"
+
+namespace headwater {
+
+thread_local std::string last_error;
+
+template <class F>
+int guarded(F run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return -1;
+  }
+}
+
+// One layer's attention alone: for the attention backend, which torch layers stand around.
+class AttentionOnly {
+ public:
+  virtual ~AttentionOnly() = default;
+  virtual void begin(const Step& step) = 0;
+  virtual void attend(int layer, int window, const void* query, const void* key, const void* value, void* out) = 0;
+  virtual void copy_page(int source, int target) = 0;
+};
+
+template <class T>
+class AttentionOf final : public AttentionOnly {
+ public:
+  AttentionOf(const AttentionShape& shape, int num_threads)
+      : shape_(shape), attention_(shape, num_threads), crew_(num_threads, 3) {}
+
+  void begin(const Step& step) override {
+    step_ = step;
+    attention_.begin(step.segments, step.num_segments, step.positions, step.num_rows);
+  }
+
+  void attend(int layer, int window, const void* query, const void* key, const void* value, void* out) override {
+    layer_ = layer;
+    window_ = window;
+    query_ = static_cast<const T*>(query);
+    key_ = static_cast<const T*>(key);
+    value_ = static_cast<const T*>(value);
+    out_ = static_cast<T*>(out);
+    crew_.run({{run<&AttentionOf::store_row>, 0, step_.num_rows},
+               {run<&AttentionOf::attend_unit>, 0, attention_.num_tile_units()},
+               {run<&AttentionOf::merge_unit>, 0, attention_.num_merge_units()}},
+              this);
+  }
+
+  void copy_page(int source, int target) override { attention_.kv().copy_page(source, target); }
+
+ private:
+  template <void (AttentionOf::*kRun)(int, int)>
+  static void run(void* self, int, int unit, int thread) {
+    (static_cast<AttentionOf*>(self)->*kRun)(unit, thread);
+  }
+
+  int stride() const { return shape_.num_heads * shape_.head_dim; }
+
+  void store_row(int row, int) {
+    const int dim = shape_.head_dim;
+    std::vector<float> wide(dim);
+    for (int head = 0; head < shape_.num_heads; head++) {
+      const T* from = query_ + (long(row) * shape_.num_heads + head) * dim;
+      for (int d = 0; d < dim; d++) wide[d] = to_float(from[d]);
+      attention_.write_query(row, head, wide.data());
+    }
+    for (int head = 0; head < shape_.num_kv_heads; head++) {
+      const long from = (long(row) * shape_.num_kv_heads + head) * dim;
+      attention_.kv().write_key(layer_, step_.slots[row], head, key_ + from);
+      attention_.kv().write_value(layer_, step_.slots[row], head, value_ + from);
+    }
+  }
+
+  void attend_unit(int unit, int thread) { attention_.attend(layer_, window_, unit, thread, out_, stride()); }
+  void merge_unit(int unit, int thread) { attention_.merge(unit, thread, out_, stride()); }
+
+  const AttentionShape shape_;
+  Attention<T> attention_;
+  Step step_{};
+  int layer_ = 0, window_ = 0;
+  const T *query_ = nullptr, *key_ = nullptr, *value_ = nullptr;
+  T* out_ = nullptr;
+  Crew crew_;  // last: its threads use what stands above
+};
+
+class AnyDecoder {
+ public:
+  virtual ~AnyDecoder() = default;
+  virtual void set_weight(int layer, int weight, const void* values, const float* bias) = 0;
+  virtual void set_norm(int layer, int norm, const float* values) = 0;
+  virtual void set_window(int layer, int window) = 0;
+  virtual void set_rope(const float* cos, const float* sin) = 0;
+  virtual void copy_page(int source, int target) = 0;
+  virtual void forward(Step& step) = 0;
+  virtual void rehearse(Step& step, int num_times) = 0;
+};
+
+template <class T>
+class DecoderOf final : public AnyDecoder {
+ public:
+  DecoderOf(const DecoderShape& shape, int num_threads) : decoder_(shape, num_threads) {}
+
+  void set_weight(int layer, int weight, const void* values, const float* bias) override {
+    decoder_.set_weight(layer, typename Decoder<T>::Weight(weight), static_cast<const T*>(values), bias);
+  }
+  void set_norm(int layer, int norm, const float* values) override {
+    decoder_.set_norm(layer, typename Decoder<T>::Norm(norm), values);
+  }
+  void set_window(int layer, int window) override { decoder_.set_window(layer, window); }
+  void set_rope(const float* cos, const float* sin) override { decoder_.set_rope(cos, sin); }
+  void copy_page(int source, int target) override { decoder_.copy_page(source, target); }
+  void forward(Step& step) override { decoder_.forward(step); }
+  void rehearse(Step& step, int num_times) override { decoder_.rehearse(step, num_times); }
+
+ private:
+  Decoder<T> decoder_;
+};
+
+void require_tiles() {
+  if (!allow_tiles()) throw std::runtime_error("the operating system refuses AMX tiles; choose another variant");
+}
+
+}  // namespace headwater
+
+using namespace headwater;
+
+extern "C" {
+
+const char* headwater_error() { return last_error.c_str(); }
+
+AttentionOnly* headwater_attention_new(const AttentionShape* shape, int is_bf16, int num_threads) {
+  AttentionOnly* made = nullptr;
+  guarded([&] {
+    require_tiles();
+    if (is_bf16)
+      made = new AttentionOf<Bf16>(*shape, num_threads);
+    else
+      made = new AttentionOf<float>(*shape, num_threads);
+  });
+  return made;
+}
+
+void headwater_attention_delete(AttentionOnly* attention) { delete attention; }
+
+int headwater_attention_begin(AttentionOnly* attention, const Step* step) {
+  return guarded([&] { attention->begin(*step); });
+}
+
+int headwater_attention_attend(AttentionOnly* attention, int layer, int window, const void* query, const void* key,
+                               const void* value, void* out) {
+  return guarded([&] { attention->attend(layer, window, query, key, value, out); });
+}
+
+void headwater_attention_copy_page(AttentionOnly* attention, int source, int target) {
+  attention->copy_page(source, target);
+}
+
+AnyDecoder* headwater_decoder_new(const DecoderShape* shape, int is_bf16, int num_threads) {
+  AnyDecoder* made = nullptr;
+  guarded([&] {
+    require_tiles();
+    if (is_bf16)
+      made = new DecoderOf<Bf16>(*shape, num_threads);
+    else
+      made = new DecoderOf<float>(*shape, num_threads);
+  });
+  return made;
+}
+
+void headwater_decoder_delete(AnyDecoder* decoder) { delete decoder; }
+
+void headwater_decoder_set_weight(AnyDecoder* decoder, int layer, int weight, const void* values, const float* bias) {
+  decoder->set_weight(layer, weight, values, bias);
+}
+
+void headwater_decoder_set_norm(AnyDecoder* decoder, int layer, int norm, const float* values) {
+  decoder->set_norm(layer, norm, values);
+}
+
+void headwater_decoder_set_window(AnyDecoder* decoder, int layer, int window) { decoder->set_window(layer, window); }
+
+void headwater_decoder_set_rope(AnyDecoder* decoder, const float* cos, const float* sin) {
+  decoder->set_rope(cos, sin);
+}
+
+void headwater_decoder_copy_page(AnyDecoder* decoder, int source, int target) { decoder->copy_page(source, target); }
+
+int headwater_decoder_forward(AnyDecoder* decoder, Step* step) {
+  return guarded([&] { decoder->forward(*step); });
+}
+
+int headwater_decoder_rehearse(AnyDecoder* decoder, Step* step, int num_times) {
+  return guarded([&] { decoder->rehearse(*step, num_times); });
+}
+
+}  // extern "C"

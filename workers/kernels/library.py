@@ -1,0 +1,180 @@
+"""A built library of kernels: its functions with their types, and the structures that cross the border.
+
+The structures repeat those of segments.h, attention.h and decoder.h field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from array import array
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_void_p
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from protos.errors import SetupError
+from workers.attention.protocol import KVShape, Segment, SegmentKind, StepBatch
+from workers.kernels.build import build
+from workers.kernels.variants import VARIANTS, Variant, cpu_features, named
+
+log = logging.getLogger(__name__)
+
+PAGE_MULTIPLE = 32  # tokens: the columns of a panel
+_KINDS: dict[SegmentKind, int] = {"causal": 0, "full": 1, "tree": 2}
+
+
+class AttentionShape(ctypes.Structure):
+    """attention.h"""
+
+    _fields_ = [
+        (name, c_int) for name in ("num_layers", "num_pages", "page_size", "num_heads", "num_kv_heads", "head_dim")
+    ]
+
+
+class DecoderShape(ctypes.Structure):
+    """decoder.h"""
+
+    _fields_ = [
+        ("attention", AttentionShape),
+        ("vocab_size", c_int),
+        ("hidden_size", c_int),
+        ("intermediate_size", c_int),
+        ("norm_eps", c_float),
+        ("max_context", c_int),
+    ]
+
+
+class Step(ctypes.Structure):
+    """decoder.h"""
+
+    _fields_ = [
+        ("num_rows", c_int),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("segments", c_void_p),
+        ("num_segments", c_int),
+        ("logit_rows", c_void_p),
+        ("num_logit_rows", c_int),
+        ("logits", c_void_p),
+        ("argmax", c_void_p),
+        ("attend_s", c_double),
+        ("merge_s", c_double),
+    ]
+
+
+class Library:
+    """The functions of one variant. Raises SetupError where the processor or the system refuses it."""
+
+    def __init__(self, path: Path, variant: Variant) -> None:
+        self.variant = variant
+        try:
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise SetupError(f"the {variant.name} kernels cannot be loaded: {error}; delete {path}") from error
+        self._declare("headwater_error", c_char_p)
+        self._declare("headwater_attention_new", c_void_p, POINTER(AttentionShape), c_int, c_int)
+        self._declare("headwater_attention_delete", None, c_void_p)
+        self._declare("headwater_attention_begin", c_int, c_void_p, POINTER(Step))
+        self._declare("headwater_attention_attend", c_int, c_void_p, c_int, c_int, *[c_void_p] * 4)
+        self._declare("headwater_attention_copy_page", None, c_void_p, c_int, c_int)
+        self._declare("headwater_decoder_new", c_void_p, POINTER(DecoderShape), c_int, c_int)
+        self._declare("headwater_decoder_delete", None, c_void_p)
+        self._declare("headwater_decoder_set_weight", None, c_void_p, c_int, c_int, c_void_p, c_void_p)
+        self._declare("headwater_decoder_set_norm", None, c_void_p, c_int, c_int, c_void_p)
+        self._declare("headwater_decoder_set_window", None, c_void_p, c_int, c_int)
+        self._declare("headwater_decoder_set_rope", None, c_void_p, c_void_p, c_void_p)
+        self._declare("headwater_decoder_copy_page", None, c_void_p, c_int, c_int)
+        self._declare("headwater_decoder_forward", c_int, c_void_p, POINTER(Step))
+        self._declare("headwater_decoder_rehearse", c_int, c_void_p, POINTER(Step), c_int)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call `headwater_<name>`; Python's lock is released meanwhile."""
+        return getattr(self._functions, f"headwater_{name}")(*arguments)
+
+    def check(self, status: int) -> None:
+        """Raises RuntimeError for a call that returned -1."""
+        if status:
+            raise RuntimeError(self.error())
+
+    def error(self) -> str:
+        return str(self.call("error").decode())
+
+    def _declare(self, name: str, result: Any, *arguments: Any) -> None:
+        function = getattr(self._functions, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def load(choice: str, directory: Path | None = None) -> Library:
+    """Build and load a variant by name, or with "auto" the fastest that this processor has and the compiler knows.
+
+    Raises SetupError: for "auto" if none can be had.
+    """
+    features = cpu_features()
+    if choice != "auto":
+        variant = named(choice)
+        if not variant.runs_on(features):
+            missing = ", ".join(sorted(variant.needs - features))
+            raise SetupError(f"this processor cannot run the {choice} kernels, it lacks {missing}; choose auto")
+        return Library(build(variant, directory), variant)
+    reasons = []
+    for variant in VARIANTS:
+        if variant.runs_on(features):
+            try:
+                return Library(build(variant, directory), variant)
+            except SetupError as error:
+                reasons.append(error.message)
+                log.debug("no %s kernels: %s", variant.name, error.message)
+    raise SetupError(reasons[0])
+
+
+def check_shape(shape: KVShape) -> None:
+    """Raises SetupError for a store that the kernels cannot keep."""
+    if shape.page_size % PAGE_MULTIPLE:
+        raise SetupError(
+            f"engine.kv.page_size is {shape.page_size}; the native kernels need a multiple of {PAGE_MULTIPLE}: "
+            "change it, or set engine.kernels.variant to off"
+        )
+
+
+class NativeStep:
+    """A StepBatch as the kernels read it. Keeps alive what its addresses point at."""
+
+    def __init__(self, batch: StepBatch) -> None:
+        self._kept: list[object] = [batch]
+        self._segments = array("q")
+        for segment in batch.segments:
+            self._segments.extend(self._numbers(segment))
+        self.struct = Step(
+            num_rows=len(batch.positions),
+            token_ids=_address(batch.token_ids),
+            positions=_address(batch.positions),
+            slots=_address(batch.slots),
+            segments=self._segments.buffer_info()[0],
+            num_segments=len(batch.segments),
+            logit_rows=_address(batch.logit_rows),
+            num_logit_rows=len(batch.logit_rows),
+        )
+
+    def _numbers(self, segment: Segment) -> tuple[int, ...]:
+        pages = self._array("i", segment.pages)
+        masks = self._array("Q", segment.mask) if segment.kind == "tree" else 0
+        kind = _KINDS[segment.kind]
+        return (segment.row_start, segment.num_rows, pages, segment.key_start, segment.num_keys, kind, masks, 0)
+
+    def _array(self, code: Literal["i", "Q"], values: Sequence[int]) -> int:
+        """The address of an array of this type; the values themselves if they are one."""
+        if not isinstance(values, array) or values.typecode != code:
+            values = array(code, values)
+            self._kept.append(values)
+        return values.buffer_info()[0]
+
+
+def _address(values: Tensor) -> int:
+    assert values.dtype == torch.int64
+    assert values.is_contiguous()
+    return values.data_ptr()

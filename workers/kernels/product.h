@@ -1,0 +1,195 @@
+// Products of a few rows with panels of 32 columns: the one place where nearly all the time goes.
+//
+//     c[row][32 * panel + column] (+)= sum over blocks b and steps s: a[row][b, s] * panels[b][panel][s][column]
+//
+// The right side may be cut into blocks along the sum (the pages that hold values). The order of the sum is the same
+// for every number of rows and panels, so a row's result does not depend on the rows beside it.
+//
+// AMX multiplies tiles of 16 rows by 16 columns. It reads and writes whole tiles: `a` and `c` must be readable, and `c`
+// writable, up to a multiple of 16 rows.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "amx.h"
+#include "element.h"
+
+namespace headwater {
+
+// Rows that one call of a vector kernel takes: what the registers hold beside one panel.
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#elif defined(__AVX__)
+constexpr int kRows = 3;
+#else
+constexpr int kRows = 1;
+#endif
+
+template <class T>
+struct Product {
+  const T* a;
+  int lda;
+  const T* const* panels;  // [blocks][panels]
+  int num_panels;
+  int num_blocks;
+  int num_steps;  // of kDepth elements, per block
+  float* c;
+  int ldc;
+  bool adds;  // to what c holds
+  bool has_next;  // the panels lie one behind another, and those behind them are wanted next: fetch them meanwhile
+};
+
+namespace kernel {
+
+constexpr int kVecs = kPanel / kLanes;  // of one step of a panel
+
+template <int kNum>
+inline void multiply_step(Vec (&sums)[kNum], const float* a, const float* b) {
+  const Vec factor = splat(*a);
+  for (int i = 0; i < kNum; i++) sums[i] += factor * load(b + i * kLanes);
+}
+
+#if defined(__AVX512BF16__)
+template <int kNum>
+inline void multiply_step(Vec (&sums)[kNum], const Bf16* a, const Bf16* b) {
+  const __m512bh factor = (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a));
+  for (int i = 0; i < kNum; i++) {
+    const __m512bh right = (__m512bh)_mm512_loadu_si512(b + i * kLanes * 2);
+    sums[i] = (Vec)_mm512_dpbf16_ps((__m512)sums[i], factor, right);
+  }
+}
+#else
+template <int kNum>
+inline void multiply_step(Vec (&sums)[kNum], const Bf16* a, const Bf16* b) {
+  const Vec even = splat(to_float(a[0])), odd = splat(to_float(a[1]));
+  for (int i = 0; i < kNum; i++) {
+    const VecBits pair = load_as<VecBits>(b + i * kLanes * 2);  // little-endian: the even element is the low half
+    sums[i] += even * (Vec)(pair << 16);
+    sums[i] += odd * (Vec)(pair & 0xffff0000u);
+  }
+}
+#endif
+
+// kNumRows rows with kNumPanels panels, from the panel `first` on.
+template <class T, int kNumRows, int kNumPanels, bool kFetches>
+void multiply_block(const Product<T>& p, int row, int first) {
+  constexpr int depth = Element<T>::kDepth;
+  Vec sums[kNumRows][kNumPanels][kVecs];
+  float* c = p.c + long(row) * p.ldc + first * kPanel;
+  for (int r = 0; r < kNumRows; r++)
+    for (int n = 0; n < kNumPanels; n++)
+      for (int i = 0; i < kVecs; i++)
+        sums[r][n][i] = p.adds ? load(c + long(r) * p.ldc + n * kPanel + i * kLanes) : Vec{};
+  const T* a = p.a + long(row) * p.lda;
+  for (int block = 0; block < p.num_blocks; block++) {
+    const T* const* panels = p.panels + long(block) * p.num_panels + first;
+    const T* b[kNumPanels];
+    for (int n = 0; n < kNumPanels; n++) b[n] = panels[n];
+    const long ahead = long(kNumPanels) * p.num_steps * kPanel * depth;
+    for (int step = 0; step < p.num_steps; step++) {
+      for (int n = 0; n < kNumPanels; n++) {
+        if (kFetches) prefetch(b[n] + ahead, kStepBytes<T>);
+        for (int r = 0; r < kNumRows; r++) multiply_step(sums[r][n], a + long(r) * p.lda, b[n]);
+        b[n] += kPanel * depth;
+      }
+      a += depth;
+    }
+  }
+  for (int r = 0; r < kNumRows; r++)
+    for (int n = 0; n < kNumPanels; n++)
+      for (int i = 0; i < kVecs; i++) store(c + long(r) * p.ldc + n * kPanel + i * kLanes, sums[r][n][i]);
+}
+
+template <class T>
+using Block = void (*)(const Product<T>&, int row, int first);
+
+template <class T, int kNumPanels, bool kFetches, size_t... kIndex>
+constexpr Block<T> pick(int num_rows, std::index_sequence<kIndex...>) {
+  constexpr Block<T> table[] = {multiply_block<T, int(kIndex) + 1, kNumPanels, kFetches>...};
+  return table[num_rows - 1];
+}
+
+// Few rows take several panels at once: more sums run beside one another, and more streams are read.
+template <class T, int kNumPanels>
+void multiply_panels(const Product<T>& p, int row, int num_rows, bool fetches, int& first) {
+  constexpr int max_rows = kRows / kNumPanels;
+  if constexpr (max_rows > 0) {
+    if (num_rows > max_rows) return;
+    constexpr auto rows = std::make_index_sequence<max_rows>();
+    const Block<T> run = fetches ? pick<T, kNumPanels, true>(num_rows, rows) : pick<T, kNumPanels, false>(num_rows, rows);
+    for (; first + kNumPanels <= p.num_panels; first += kNumPanels) run(p, row, first);
+  }
+}
+
+}  // namespace kernel
+
+template <class T>
+void multiply(const Product<T>& p, int num_rows) {
+  const int num_groups = (num_rows + kRows - 1) / kRows;
+  for (int group = 0, row = 0; group < num_groups; group++) {
+    const int end = num_rows * (group + 1) / num_groups;
+    const bool fetches = p.has_next && end == num_rows;
+    int first = 0;
+    kernel::multiply_panels<T, 4>(p, row, end - row, fetches, first);
+    kernel::multiply_panels<T, 2>(p, row, end - row, fetches, first);
+    kernel::multiply_panels<T, 1>(p, row, end - row, fetches, first);
+    row = end;
+  }
+}
+
+#if defined(HEADWATER_AMX)
+
+// One panel with 16 or 32 rows: two tiles of columns by one or two of rows.
+inline void multiply_tiles(const Product<Bf16>& p, int row, bool is_tall, int panel) {
+  const Bf16* a = p.a + long(row) * p.lda;
+  float* c = p.c + long(row) * p.ldc + panel * kPanel;
+  float* const low = c + 16l * p.ldc;
+  const Bf16* const a_low = a + 16l * p.lda;
+  const long a_stride = p.lda * 2l, c_stride = p.ldc * 4l;
+  if (p.adds) {
+    TILE_LOAD(0, c, c_stride);
+    TILE_LOAD(1, c + 16, c_stride);
+    if (is_tall) {
+      TILE_LOAD(2, low, c_stride);
+      TILE_LOAD(3, low + 16, c_stride);
+    }
+  } else {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
+  long k = 0;
+  for (int block = 0; block < p.num_blocks; block++) {
+    const Bf16* b = p.panels[long(block) * p.num_panels + panel];
+    for (int step = 0; step < p.num_steps; step += 16, k += 32, b += 16 * kPanel * 2) {
+      TILE_LOAD(6, b, kStepBytes<Bf16>);
+      TILE_LOAD(7, b + kPanel, kStepBytes<Bf16>);
+      TILE_LOAD(4, a + k, a_stride);
+      TILE_MULTIPLY(0, 4, 6);
+      TILE_MULTIPLY(1, 4, 7);
+      if (is_tall) {
+        TILE_LOAD(5, a_low + k, a_stride);
+        TILE_MULTIPLY(2, 5, 6);
+        TILE_MULTIPLY(3, 5, 7);
+      }
+    }
+  }
+  TILE_STORE(0, c, c_stride);
+  TILE_STORE(1, c + 16, c_stride);
+  if (is_tall) {
+    TILE_STORE(2, low, c_stride);
+    TILE_STORE(3, low + 16, c_stride);
+  }
+}
+
+template <>
+inline void multiply<Bf16>(const Product<Bf16>& p, int num_rows) {
+  for (int panel = 0; panel < p.num_panels; panel++)
+    for (int row = 0; row < num_rows; row += 32) multiply_tiles(p, row, num_rows - row > 16, panel);
+}
+
+#endif
+
+}  // namespace headwater
