@@ -119,9 +119,7 @@ class Layout:
     num_pages: int
     tables: tuple[array[int], ...]  # of each sequence's pages, with room for the steps
     paths: tuple[Path, ...]  # of each sequence, for the planner; empty where nothing is shared
-    places: tuple[
-        tuple[tuple[int, ...], ...], ...
-    ]  # for each node, level by level: the first page of each of its copies
+    places: tuple[tuple[int, ...], ...]  # of each node, level by level: the first page of each of its copies
 
 
 def lay_out(load: Load, *, copies: bool) -> Layout:

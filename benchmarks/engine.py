@@ -40,7 +40,7 @@ from benchmarks.peers.environment import SetupFailedError
 from benchmarks.peers.floor import Floor, measure_floor
 from benchmarks.peers.leads import Lead, leads
 from benchmarks.peers.models import MODEL_NAMES, Model, ModelName
-from benchmarks.peers.workloads import LARGE_WORKS, WORKS, Work, works
+from benchmarks.peers.workloads import LARGE_WORKS, WORKS, Work, source, works
 from benchmarks.progress import Progress
 from benchmarks.results import cells
 
@@ -71,7 +71,7 @@ async def compare(model: Model, chosen: Sequence[Contender], args: argparse.Name
     asked = workloads(model, args)
     floor, answers = await asyncio.to_thread(measure_floor, len(usable_cores())), Answers()
     named = {workload.name: workload.params for workload in asked}
-    race = Race(model, named, options.seed, floor, answers, usable_cores(), args.answer_timeout)
+    race = Race(model, named, source(model.name), options.seed, floor, answers, usable_cores(), args.answer_timeout)
     entrants = [Entrant(contender, race, say) for contender in chosen]
     benchmark = Benchmark(f"engine, {model.name}", asked, [entrant.arm() for entrant in entrants])
     observation = Observation.begin(benchmark.name, options, {})

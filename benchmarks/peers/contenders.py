@@ -19,7 +19,8 @@ from benchmarks.peers.environment import Environment, base_variables
 from benchmarks.peers.floor import Floor, step_cost
 from benchmarks.peers.models import Format, Model
 from benchmarks.peers.process import Answer, Command, PeerError, PeerProcess, PeerSkipped
-from benchmarks.peers.workloads import Work, prefixes, prompts, seed_of, source
+from benchmarks.peers.workloads import Work, prefixes, prompts, seed_of
+from benchmarks.prompts import Source, TokenIds
 
 GIB = 2**30
 KV_TOKENS = 65536
@@ -76,6 +77,7 @@ class Race:
 
     model: Model
     works: Mapping[str, Work]  # by workload name
+    pieces: Source[TokenIds]  # what prompts are made of
     run_seed: int
     floor: Floor
     answers: Answers
@@ -96,13 +98,13 @@ class Race:
         """Room for KV_TOKENS, in the whole GiB that some engines count in."""
         return math.ceil(KV_TOKENS * self.model.shape.kv_bytes_per_token / GIB)
 
-    def shared(self, name: str) -> list[tuple[int, ...]]:
+    def shared(self, name: str) -> list[TokenIds]:
         """The prefixes of a workload: the same in every round, so that they stay warm."""
-        return prefixes(self.works[name], seed_of(self.run_seed, name, "prefixes"), source(self.model.name))
+        return prefixes(self.works[name], seed_of(self.run_seed, name, "prefixes"), self.pieces)
 
-    def prompts(self, name: str, seed: int, max_tokens: int) -> list[tuple[int, ...]]:
+    def prompts(self, name: str, seed: int, max_tokens: int) -> list[TokenIds]:
         """The prompts of one run: others in every round, and others for the run of one token."""
-        return prompts(self.works[name], self.shared(name), seed_of(seed, max_tokens), source(self.model.name))
+        return prompts(self.works[name], self.shared(name), seed_of(seed, max_tokens), self.pieces)
 
 
 @dataclass

@@ -8,7 +8,7 @@ For one step of a batch of B sequences, with P parameters in layers and head, K 
     share of bandwidth = bytes / bandwidth / step time; share of matrix rate = FLOPs / rate / step time
 
 and the share of the floor is the larger one: 100 % would be a step that does nothing but read, or nothing but multiply.
-Bandwidth is that of a buffer of the nearer size: what fits the cache in part is read faster.
+Bandwidth is that of a buffer of the nearest size: what fits a cache in part is read faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from benchmarks.peers.models import Shape
 from benchmarks.peers.workloads import Work
 
-SMALL_BYTES, LARGE_BYTES = 50_000_000, 400_000_000
+READ_BYTES = (20_000_000, 50_000_000, 400_000_000)
 MATRIX_SIZES = (1024, 2048)
 REPEATS = 15
 GIGA, TERA = 1e9, 1e12
@@ -30,20 +30,18 @@ GIGA, TERA = 1e9, 1e12
 class Floor:
     """Measured rates of this machine, all its cores together."""
 
-    small_bytes_per_s: float  # a buffer of 50 MB, read again and again
-    large_bytes_per_s: float  # of 400 MB
+    reads: Mapping[int, float]  # size of a buffer that is read again and again, bytes: bytes per second
     flops_per_s: float  # bf16 products, the better of two sizes
 
     def bandwidth(self, num_bytes: float) -> float:
-        """Bytes per second when this many are read in a turn."""
-        near_small = num_bytes * num_bytes < SMALL_BYTES * LARGE_BYTES
-        return self.small_bytes_per_s if near_small else self.large_bytes_per_s
+        """Bytes per second when this many are read in a turn: those of the buffer nearest in ratio."""
+        nearest = min(self.reads, key=lambda size: max(size / num_bytes, num_bytes / size))
+        return self.reads[nearest]
 
     def facts(self) -> Mapping[str, object]:
         """For people."""
         return {
-            "GB/s at 50 MB": round(self.small_bytes_per_s / GIGA, 1),
-            "GB/s at 400 MB": round(self.large_bytes_per_s / GIGA, 1),
+            **{f"GB/s at {size // 10**6} MB": round(rate / GIGA, 1) for size, rate in self.reads.items()},
             "bf16 TFLOP/s": round(self.flops_per_s / TERA, 2),
         }
 
@@ -83,8 +81,7 @@ def measure_floor(threads: int) -> Floor:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        small, large = (_read_rate(num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
-        return Floor(small, large, max(map(_matrix_rate, MATRIX_SIZES)))
+        return Floor({size: _read_rate(size) for size in READ_BYTES}, max(map(_matrix_rate, MATRIX_SIZES)))
     finally:
         torch.set_num_threads(before)
 

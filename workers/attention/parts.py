@@ -78,22 +78,16 @@ class PartBuilder:
         for start in range(0, segment.num_rows, CHUNK_ROWS):
             chunk = _row_chunk(segment, start, min(CHUNK_ROWS, segment.num_rows - start))
             unseen = self._first_seen(chunk, self._row_positions(chunk).min())
-            if chunk.kind == "tree":
-                unseen = min(unseen, chunk.num_shared_keys)  # draft keys are not in the order of their positions
             skipped = unseen // self._page_size * self._page_size
             if skipped < chunk.num_keys:
                 yield replace(chunk, key_start=chunk.key_start + skipped, num_keys=chunk.num_keys - skipped)
 
     def _is_cut(self, segment: Segment) -> bool:
         """Whether the window hides a key of the segment from one of its rows."""
-        if self._window is None:
-            return False
-        positions = self._row_positions(segment)
-        first = segment.key_start if segment.num_shared_keys or segment.kind != "tree" else int(positions.min())
-        return int(positions.max()) - self._window >= first
+        return self._window is not None and self._first_seen(segment, self._row_positions(segment).max()) > 0
 
     def _first_seen(self, segment: Segment, position: Tensor) -> int:
-        """The index of the first key that a row at the position sees, draft keys aside."""
+        """The index of the first key that a row at the position sees; of draft keys, the first is at the least."""
         assert self._window is not None
         return max(0, int(position) - self._window + 1 - segment.key_start)
 

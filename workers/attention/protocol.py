@@ -34,7 +34,7 @@ class Segment:
     zeros. A segment without rows or without keys is legal and does nothing.
 
     A window counts positions. A key's position is key_start + its index; but a draft key has its row's position in
-    `StepBatch.positions`, because siblings share one.
+    `StepBatch.positions`, because siblings share one: that of the keys before the drafts, plus one for each ancestor.
     """
 
     row_start: int

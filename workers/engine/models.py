@@ -49,7 +49,9 @@ def load_model(
         plain = TorchModel(decoder, TorchAttention(shape, dtype=dtype, device=device))
         return LoadedModel(plain, Corrected(DEFAULT_COST), "torch")
     native = NativeDecoder(library, decoder, shape, max_context=max_context, threads=threads)
-    return LoadedModel(native, Corrected(calibrated_cost(native, shape)), library.variant.name)
+    is_planned = config.engine.sharing.mode == "planned" and not config.engine.sharing.deterministic
+    cost = calibrated_cost(native, shape) if is_planned else DEFAULT_COST
+    return LoadedModel(native, Corrected(cost), library.variant.name)
 
 
 def torch_dtype(config: WorkerConfig) -> torch.dtype:

@@ -26,6 +26,9 @@ class EngineStats:
     budget_used_tokens: int = 0  # of that, used
     prefix_queries_tokens: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hit_tokens: int = 0  # of those, found
+    attention_segments: int = 0  # attended to, in one layer
+    attention_keys: int = 0  # keys that the sequences of all steps see, each by itself, in one layer
+    attention_read_keys: int = 0  # keys that their segments read: less, where keys are shared
     kv_free_pages: int = 0
     kv_cached_pages: int = 0  # held by the prefix tree alone: free as soon as needed
     kv_total_pages: int = 0

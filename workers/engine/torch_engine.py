@@ -74,7 +74,7 @@ class TorchEngine:
         return self._scheduler.load()
 
     def stats(self) -> EngineStats:
-        counters, cache = self._scheduler.counters, self._cache
+        counters, cache, work = self._scheduler.counters, self._cache, self._builder.work
         return EngineStats(
             num_steps=counters.num_steps,
             num_preemptions=counters.num_preemptions,
@@ -83,6 +83,9 @@ class TorchEngine:
             computed_tokens=counters.computed_tokens,
             prefix_queries_tokens=counters.prefix_queries_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
+            attention_segments=work.num_segments,
+            attention_keys=work.needed_keys,
+            attention_read_keys=work.read_keys,
             kv_free_pages=cache.num_free,
             kv_cached_pages=cache.num_cached,
             kv_total_pages=cache.num_pages,

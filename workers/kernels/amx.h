@@ -12,20 +12,20 @@
 
 namespace headwater {
 
-struct Tile {
+struct TileRegister {
   alignas(64) uint8_t rows[16][64];
 };
-inline thread_local Tile emulated_tiles[8];
+inline thread_local TileRegister emulated_tiles[8];
 
-inline void emulate_load(Tile& tile, const void* from, long stride) {
+inline void emulate_load(TileRegister& tile, const void* from, long stride) {
   for (int r = 0; r < 16; r++) memcpy(tile.rows[r], static_cast<const char*>(from) + r * stride, 64);
 }
 
-inline void emulate_store(const Tile& tile, void* to, long stride) {
+inline void emulate_store(const TileRegister& tile, void* to, long stride) {
   for (int r = 0; r < 16; r++) memcpy(static_cast<char*>(to) + r * stride, tile.rows[r], 64);
 }
 
-inline void emulate_multiply(Tile& sums, const Tile& left, const Tile& right) {
+inline void emulate_multiply(TileRegister& sums, const TileRegister& left, const TileRegister& right) {
   for (int r = 0; r < 16; r++)
     for (int c = 0; c < 16; c++) {
       float sum = load_as<float>(sums.rows[r] + c * 4);
@@ -42,7 +42,7 @@ inline void configure_tiles() {}
 
 }  // namespace headwater
 
-#define TILE_ZERO(t) (emulated_tiles[t] = Tile{})
+#define TILE_ZERO(t) (emulated_tiles[t] = TileRegister{})
 #define TILE_LOAD(t, from, stride) emulate_load(emulated_tiles[t], from, stride)
 #define TILE_STORE(t, to, stride) emulate_store(emulated_tiles[t], to, stride)
 #define TILE_MULTIPLY(t, left, right) emulate_multiply(emulated_tiles[t], emulated_tiles[left], emulated_tiles[right])

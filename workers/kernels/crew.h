@@ -106,23 +106,25 @@ class Crew {
     for (size_t i = 0; i < phases.size(); i++) turnstiles_[i].open(phases[i], job);
     num_phases_.store(int(phases.size()), std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
+    const auto began = Clock::now();
     job_.store(job);
     if (num_asleep_.load() > 0) job_.notify_all();
-    work(job, 0);
+    work(job, 0, began);
   }
 
  private:
   static constexpr int kSpinsBeforeSleep = 20000;  // some 0.3 ms: longer than a busy engine's pause between two steps
   static constexpr int kSpinsBeforeYield = 2000;
 
-  void work(uint32_t job, int thread) {
+  using Clock = std::chrono::steady_clock;
+
+  void work(uint32_t job, int thread, Clock::time_point began) {
     configure_tiles();
     const int num_phases = num_phases_.load(std::memory_order_relaxed);
-    auto began = std::chrono::steady_clock::now();
     for (int i = 0; i < num_phases; i++) {
       if (!work_through(turnstiles_[i], job, thread)) return;
       if (thread > 0) continue;
-      const auto now = std::chrono::steady_clock::now();
+      const auto now = Clock::now();
       seconds_[i] = std::chrono::duration<double>(now - began).count();
       began = now;
     }
@@ -158,7 +160,7 @@ class Crew {
         num_asleep_.fetch_sub(1);
       }
       seen = job_.load(std::memory_order_acquire);
-      if (!is_stopping_.load()) work(seen, thread);
+      if (!is_stopping_.load()) work(seen, thread, {});
     }
   }
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workers.attention.cost import Corrected
-from workers.attention.planner import Branch, Grouping, Path, Planner, PlannerStats, Prediction, predict
+from workers.attention.planner import Branch, Grouping, Path, Planner, PlannerStats, predict
 from workers.attention.protocol import Segment, StepBatch
 from workers.kv.cache import PageTable
 from workers.scheduler.sequence import Sequence as RunningSequence
@@ -40,6 +41,20 @@ class AttentionWork:
     read_keys: int = 0  # what their segments read; less, where keys are shared
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where chunks stand in the flat stream and what they share: the same for as long as they only decode."""
+
+    sequences: list[RunningSequence]
+    version: int  # of the shared paths
+    is_decoding: bool  # one row each
+    grouping: Grouping
+    first_rows: list[int]  # by chunk
+    shares: tuple[Segment, ...]  # outer before inner
+    logit_rows: Tensor  # in the order of the chunks
+    predicted: tuple[float, float] | None  # seconds of one layer's segments and merges, before correction
+
+
 class BatchBuilder:
     """Turns plans into batches. Mutated only by the runner that made it."""
 
@@ -52,10 +67,8 @@ class BatchBuilder:
         self._paths = paths
         self._page_size = page_size
         self._device = device
-        self._grouping = Grouping((), (), ())
-        self._decoding: list[RunningSequence] = []  # whom the grouping holds for while they decode token by token
-        self._version = -1
-        self._prediction: Prediction | None = None  # of the last grouping, until a step has shown what is true
+        self._layout: _Layout | None = None
+        self._is_observed = True  # the layout's prediction has been compared with a step
         self._work = AttentionWork()
 
     @property
@@ -68,74 +81,73 @@ class BatchBuilder:
 
     def build(self, plan: StepPlan) -> StepBatch:
         """The batch of a plan. Logit rows are in the order of the plan's chunks, whatever the order of the rows."""
-        self._group(plan.chunks)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        first_rows = [0] * len(plan.chunks)
-        for index in self._grouping.order:
-            sequence, start, num_tokens = plan.chunks[index][:3]
-            first_rows[index] = len(token_ids)
-            if num_tokens == 1:
-                token_ids.append(sequence.tokens[start])
-                positions.append(start)
-            else:
-                token_ids += sequence.tokens[start : start + num_tokens]
-                positions += range(start, start + num_tokens)
-            slots += self._slots(sequence.table, start, num_tokens)
-        segments = self._segments(plan.chunks, first_rows)
-        self._count(plan.chunks, segments)
+        chunks = plan.chunks
+        layout = self._layout_of(chunks)
+        rows = _decoded_rows if layout.is_decoding else _rows
+        token_ids, positions, slots = rows([chunks[index] for index in layout.grouping.order], self._page_size)
+        segments = (*layout.shares, *self._own(chunks, layout))
+        self._count(chunks, segments)
         return StepBatch(
-            self._tensor(token_ids),
-            self._tensor(positions),
-            self._tensor(slots),
-            segments,
-            self._tensor(
-                [row for chunk, first in zip(plan.chunks, first_rows, strict=True) for row in _wanted(chunk, first)]
-            ),
+            self._tensor(token_ids), self._tensor(positions), self._tensor(slots), segments, layout.logit_rows
         )
 
     def observe(self, segments_s: float, merges_s: float) -> None:
         """Learn what one layer of the batch took. Prompts, whose rows see ever more keys, teach nothing."""
-        if self._prediction is not None:
-            self._cost.observe(self._prediction.segment_s, segments_s, self._prediction.merge_s, merges_s)
-            self._prediction = None
+        predicted = self._layout.predicted if self._layout else None
+        if predicted is not None and not self._is_observed:
+            self._cost.observe(predicted[0], segments_s, predicted[1], merges_s)
+            self._is_observed = True
 
-    def _group(self, chunks: Sequence[Chunk]) -> None:
-        """Work the grouping out, unless the same sequences go on decoding and share what they shared."""
-        version = self._paths.version
+    def _layout_of(self, chunks: Sequence[Chunk]) -> _Layout:
+        """The last layout, if the same sequences go on decoding and share what they shared; else a new one."""
+        last, version = self._layout, self._paths.version
         sequences = [chunk.sequence for chunk in chunks]
-        if version == self._version and sequences == self._decoding:
-            return
+        if last and last.is_decoding and last.version == version and last.sequences == sequences:
+            return last
+        self._layout = self._lay_out(chunks, sequences, version)
+        self._is_observed = False
+        return self._layout
+
+    def _lay_out(self, chunks: Sequence[Chunk], sequences: list[RunningSequence], version: int) -> _Layout:
         branches = [
             Branch(chunk.num_tokens, chunk.stop, self._paths.shared_path(chunk.sequence.table)) for chunk in chunks
         ]
-        self._grouping = self._planner.group(branches)
-        self._version = version
-        is_decoding = all(branch.num_rows == 1 for branch in branches)
-        self._decoding = sequences if is_decoding else []
-        self._prediction = predict(self._grouping, branches, self._cost.base, self._page_size) if is_decoding else None
+        grouping = self._planner.group(branches)
+        is_decoding = all(_is_decoded(chunk) for chunk in chunks)
+        predicted = predict(grouping, branches, self._cost.base, self._page_size) if is_decoding else None
+        first_rows = _first_rows(chunks, grouping.order)
+        wanted = [row for chunk, first in zip(chunks, first_rows, strict=True) for row in _wanted(chunk, first)]
+        return _Layout(
+            sequences=sequences,
+            version=version,
+            is_decoding=is_decoding,
+            grouping=grouping,
+            first_rows=first_rows,
+            shares=tuple(self._shares(chunks, grouping, first_rows)),
+            logit_rows=self._tensor(wanted),
+            predicted=(predicted.segment_s, predicted.merge_s) if predicted else None,
+        )
 
-    def _slots(self, table: PageTable, start: int, num_tokens: int) -> list[int]:
-        size, pages = self._page_size, table.pages
-        if num_tokens == 1:
-            return [pages[start // size] * size + start % size]
-        return [pages[p // size] * size + p % size for p in range(start, start + num_tokens)]
-
-    def _segments(self, chunks: Sequence[Chunk], first_rows: Sequence[int]) -> tuple[Segment, ...]:
-        """The shares, outer before inner, then what each sequence attends to alone."""
-        size, order = self._page_size, self._grouping.order
+    def _shares(self, chunks: Sequence[Chunk], grouping: Grouping, first_rows: Sequence[int]) -> list[Segment]:
+        size = self._page_size
         segments: list[Segment] = []
-        for share in self._grouping.shares:
-            members = order[share.first : share.first + share.count]
+        for share in grouping.shares:
+            members = grouping.order[share.first : share.first + share.count]
             num_rows = sum([chunks[index].num_tokens for index in members])
             pages = chunks[members[0]].sequence.table.pages
             num_keys = (share.stop_page - share.start_page) * size
             segments.append(Segment(first_rows[members[0]], num_rows, pages, share.start_page * size, num_keys, "full"))
-        for chunk, row, own_start in zip(chunks, first_rows, self._grouping.own_start, strict=True):
-            start = own_start * size
-            segments.append(Segment(row, chunk.num_tokens, chunk.sequence.table.pages, start, chunk.stop - start))
-        return tuple(segments)
+        return segments
+
+    def _own(self, chunks: Sequence[Chunk], layout: _Layout) -> list[Segment]:
+        """What each sequence attends to alone."""
+        size = self._page_size
+        return [
+            Segment(row, num_tokens, sequence.table.pages, own * size, start + num_tokens - own * size)
+            for (sequence, start, num_tokens, *_), row, own in zip(
+                chunks, layout.first_rows, layout.grouping.own_start, strict=True
+            )
+        ]
 
     def _count(self, chunks: Sequence[Chunk], segments: Sequence[Segment]) -> None:
         self._work = AttentionWork(
@@ -145,7 +157,45 @@ class BatchBuilder:
         )
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
+
+
+def _is_decoded(chunk: Chunk) -> bool:
+    """Whether the chunk is one token of which another is sampled, and nothing else."""
+    return chunk.num_tokens == 1 and chunk.samples and chunk.num_scored_rows == 0
+
+
+def _decoded_rows(chunks: Sequence[Chunk], page_size: int) -> tuple[list[int], list[int], list[int]]:
+    """Token ids, positions and slots of chunks of one token each."""
+    positions = [chunk.start for chunk in chunks]
+    token_ids = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
+    slots = [
+        chunk.sequence.table.pages[chunk.start // page_size] * page_size + chunk.start % page_size for chunk in chunks
+    ]
+    return token_ids, positions, slots
+
+
+def _rows(chunks: Sequence[Chunk], page_size: int) -> tuple[list[int], list[int], list[int]]:
+    """Token ids, positions and slots of chunks of any length."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for chunk in chunks:
+        span = range(chunk.start, chunk.stop)
+        pages = chunk.sequence.table.pages
+        token_ids += chunk.sequence.tokens[chunk.start : chunk.stop]
+        positions += span
+        slots += [pages[position // page_size] * page_size + position % page_size for position in span]
+    return token_ids, positions, slots
+
+
+def _first_rows(chunks: Sequence[Chunk], order: Sequence[int]) -> list[int]:
+    """Each chunk's first row in the flat stream."""
+    first_rows, row = [0] * len(chunks), 0
+    for index in order:
+        first_rows[index] = row
+        row += chunks[index].num_tokens
+    return first_rows
 
 
 def _wanted(chunk: Chunk, first_row: int) -> list[int]:

@@ -42,12 +42,13 @@ def draw(logits: Floats, samplings: Sequence[Sampling], keys: NDArray[np.uint64]
 
 def _runners(scores: Floats, sampling: Sampling, steps: NDArray[np.uint64], key: np.uint64) -> Ids:
     """The candidates of one row that are worth racing exactly, ascending."""
-    if not math.isfinite(scores.max()):
+    top = scores.max()
+    if not math.isfinite(top):
         return np.array([scores.argmax()])  # not a number: there is nothing to race
     if not filters(sampling):
-        return _contenders(scores, steps + key)
+        return _contenders(scores, top, steps + key)
     ids = survivors(scores, sampling)
-    return ids if len(ids) <= FEW else ids[_contenders(scores[ids], steps[ids] + key)]
+    return ids if len(ids) <= FEW else ids[_contenders(scores[ids], top, steps[ids] + key)]
 
 
 def filters(sampling: Sampling) -> bool:
@@ -86,12 +87,12 @@ def _largest(values: Floats, floor: np.float32, count: int) -> Ids:
     return places
 
 
-def _contenders(scores: Floats, states: NDArray[np.uint64]) -> Ids:
-    """Places that may win the race: one or a few of many. The states are used up."""
+def _contenders(scores: Floats, top: np.float32, states: NDArray[np.uint64]) -> Ids:
+    """Places that may win the race: one or a few of many. `top` is the largest score; the states are used up."""
     bits = (mix(states) >> np.uint64(64 - MANTISSA_BITS)).view(np.int64)
     ratio = bits.astype(np.float32)
     ratio += np.float32(0.5)  # u in units of 2**-52
-    depth = scores.max() - scores
+    depth = top - scores
     ratio *= np.exp(np.minimum(depth, DEPTH, out=depth), out=depth)
     best = int(ratio.argmin())
     uniform = (int(bits[best]) + 0.5) * 2.0**-MANTISSA_BITS

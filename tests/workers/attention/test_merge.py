@@ -20,6 +20,13 @@ def test_steps_and_rows_of_no_part() -> None:
     assert not Merge.of(torch.tensor([], dtype=torch.int64), num_tokens=0, device=CPU).needs_lse
 
 
+def test_no_row_reads_the_parts_of_another() -> None:
+    """Rows of fewer parts are padded; the padding must not bring in what another sequence computed."""
+    merge = Merge.of(torch.tensor([0, 0, 0, 1, 1]), num_tokens=2, device=CPU)
+    ruined, own = torch.full((3, 1, 4), torch.nan), torch.ones(2, 1, 4)
+    assert torch.equal(merge.apply([ruined, own], [torch.zeros(3, 1), torch.zeros(2, 1)])[1], own[0])
+
+
 def test_a_row_whose_parts_hold_no_key_is_zero() -> None:
     merge = Merge.of(torch.tensor([0, 1, 0, 1]), num_tokens=2, device=CPU)
     lses = [torch.full((2, 1), -torch.inf), torch.tensor([[-torch.inf], [3.0]])]

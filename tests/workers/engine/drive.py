@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from protos.messages import Finish, PositionLogprobs, Request, Sampling
-from workers.config import EngineSection, KVSection, ModelSection, SchedulerSection, WorkerConfig
+from workers.config import (
+    EngineSection,
+    KernelsSection,
+    KVSection,
+    ModelSection,
+    SchedulerSection,
+    SharingSection,
+    WorkerConfig,
+)
 from workers.engine.protocol import Engine
 from workers.engine.torch_engine import TorchEngine
 
@@ -31,21 +39,28 @@ def torch_engine(
     directory: Path,
     *,
     num_pages: int = 512,
-    page_size: int = 16,
+    page_size: int = 32,
     step_tokens: int = 512,
     max_running: int = 64,
     dtype: str = "float32",
     prefix_cache: bool = True,
+    kernels: str | None = None,
+    sharing: str = "planned",
+    deterministic: bool = False,
+    threads: int = 1,
 ) -> TorchEngine:
+    """Native kernels where their page size allows it, unless `kernels` names others."""
     model: dict[str, Any] = {"path": directory, "dtype": dtype}
     config = WorkerConfig(
         model=ModelSection(**model),
         engine=EngineSection(
+            kernels=KernelsSection(variant=kernels or ("off" if page_size % 32 else "auto")),  # type: ignore[arg-type]
+            sharing=SharingSection(mode=sharing, deterministic=deterministic),  # type: ignore[arg-type]
             kv=KVSection(num_pages=num_pages, page_size=page_size, prefix_cache=prefix_cache),
             scheduler=SchedulerSection(step_tokens=step_tokens, max_running=max_running),
         ),
     )
-    return TorchEngine(config)
+    return TorchEngine(config, threads=threads)
 
 
 def request(request_id: str, prompt: Sequence[int], *, max_tokens: int = 8, seed: int = 0, **fields: Any) -> Request:

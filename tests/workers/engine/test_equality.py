@@ -89,14 +89,22 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     "settings",
     [
         pytest.param({}, id="batched"),
+        pytest.param({"threads": 3}, id="three-threads"),
+        pytest.param({"sharing": "all"}, id="sharing-all"),
+        pytest.param({"sharing": "root"}, id="sharing-root"),
+        pytest.param({"sharing": "never"}, id="sharing-never"),
+        pytest.param({"deterministic": True}, id="deterministic"),
         pytest.param({"step_tokens": 40, "max_running": 16}, id="chunked"),
-        pytest.param({"num_pages": 40, "page_size": 8, "max_running": 16, "step_tokens": 128}, id="preempted"),
-        pytest.param({"prefix_cache": False}, id="unshared"),
+        pytest.param({"num_pages": 24, "max_running": 16, "step_tokens": 128}, id="preempted"),
+        pytest.param({"prefix_cache": False}, id="uncached"),
+        pytest.param({"kernels": "off"}, id="torch"),
+        pytest.param({"kernels": "off", "page_size": 8, "sharing": "all"}, id="torch-sharing-all"),
+        pytest.param({"num_pages": 40, "page_size": 8, "max_running": 16, "step_tokens": 128}, id="torch-preempted"),
     ],
 )
-def test_greedy_tokens_equal_transformers(case: Any, settings: dict[str, int]) -> None:
+def test_greedy_tokens_equal_transformers(case: Any, settings: dict[str, Any]) -> None:
     directory, asked, answers = case
-    engine = torch_engine(directory, **settings)  # type: ignore[arg-type]
+    engine = torch_engine(directory, **settings)
     outputs = run(engine, *(request(str(i), prompt, max_tokens=NUM_TOKENS) for i, prompt in enumerate(asked)))
     assert [outputs[str(i), 0].tokens for i in range(NUM_PROMPTS)] == answers
     assert len({token for answer in answers for token in answer}) > 10
@@ -111,7 +119,7 @@ def test_greedy_tokens_equal_transformers(case: Any, settings: dict[str, int]) -
 
 def test_a_cache_hit_changes_nothing(case: Any) -> None:
     directory, asked, answers = case
-    engine = torch_engine(directory)
+    engine = torch_engine(directory, page_size=8)
     for attempt in ("cold", "warm"):
         outputs = run(
             engine, *(request(f"{attempt}{i}", prompt, max_tokens=NUM_TOKENS) for i, prompt in enumerate(asked[:16]))
