@@ -140,6 +140,9 @@ class _EngineCollector(Collector):
         yield self._counter("headwater_repeated_tokens", "Of those, computed before.", stats.repeated_tokens)
         yield self._counter("headwater_step_budget_tokens", "Room of steps that left prompts.", stats.budget_tokens)
         yield self._counter("headwater_step_budget_used_tokens", "Of that, filled.", stats.budget_used_tokens)
+        yield self._counter("headwater_attention_segments", "Spans attended to.", stats.attention_segments)
+        yield self._counter("headwater_attention_keys", "Keys seen, output by output.", stats.attention_keys)
+        yield self._counter("headwater_attention_read_keys", "Keys read for them.", stats.attention_read_keys)
         info = InfoMetricFamily("vllm:cache_config", "The store of keys and values.", labels=list(self._labels))
         pages = {"block_size": str(stats.page_size), "num_gpu_blocks": str(stats.kv_total_pages)}
         info.add_metric(list(self._labels.values()), pages)
