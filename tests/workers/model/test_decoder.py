@@ -180,8 +180,8 @@ def test_a_shared_prefix_changes_nothing(llama: Pair) -> None:
         segments=(
             Segment(0, 16, (0, 1), 0, 16),
             Segment(16, 8, (0, 1), 0, 16, "full"),
-            Segment(16, 3, (3,), 16, 3),
-            Segment(19, 5, (5,), 16, 5),
+            Segment(16, 3, (0, 1, 3), 16, 3),
+            Segment(19, 5, (0, 1, 5), 16, 5),
         ),
         logit_rows=torch.arange(16, 24),
     )
