@@ -28,7 +28,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine is started with: the second line of every program's docstring says what it makes of `options`."""
+    """What an engine is started with. Every program's docstring says what it makes of `options`."""
 
     model: Path  # a directory, or the file a conversion made
     threads: int

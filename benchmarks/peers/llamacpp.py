@@ -37,7 +37,7 @@ class Row:
 
 @dataclass
 class Context:
-    """One llama context and the batch that feeds it. Sequence ids below `num_kept` hold prefixes."""
+    """One llama context and the batch that feeds it. Mutated only by LlamaCpp."""
 
     handle: Any
     vocab_size: int

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -150,10 +151,9 @@ def _exists(pid: int) -> bool:
     return status.exists() and "Z (zombie)" not in status.read_text()
 
 
-def _gone(pid: int, wait: Callable[[float], None] | None = None) -> bool:
-    import time
-
-    deadline = time.monotonic() + 10
-    while _exists(pid) and time.monotonic() < deadline:
-        (wait or time.sleep)(0.01)
+def _gone(pid: int) -> bool:
+    """Killed processes end soon, not at once."""
+    deadline_s = time.monotonic() + 10
+    while _exists(pid) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
     return not _exists(pid)

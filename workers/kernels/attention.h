@@ -62,6 +62,14 @@ class KVStore {
       for (int i = 0; i < std::min(kPanel, shape_.head_dim - d); i++) panel[i * depth] = value[d + i];
   }
 
+  // Before a page's first key and value are written: what others left in it must not reach a product, not even
+  // with a weight of zero, for it may be no number.
+  void clear_page_before(int layer, long slot) {
+    if (slot % shape_.page_size != 0) return;
+    T* const page = data_.data() + offset(layer, int(slot / shape_.page_size), 0);
+    memset(static_cast<void*>(page), 0, half_ * 2 * shape_.num_kv_heads * sizeof(T));
+  }
+
   void copy_page(int source, int target) {
     const long size = half_ * 2 * shape_.num_kv_heads;
     for (int layer = 0; layer < shape_.num_layers; layer++)
@@ -216,7 +224,7 @@ class Attention {
       const int32_t* pages = pages_of(segment, key);
       for (int i = 0; i < num_pages; i++) prefetch(store_.values(layer, pages[i], head), store_.half_bytes());
       score(layer, head, pages, num_pages, queries(head, tile.row), num_queries, scratch);
-      for (int i = 0; i < num_queries; i++) weigh(i, key, num_pages * shape_.page_size, key == begin, scratch);
+      weigh_all(num_queries, key, num_pages * shape_.page_size, key == begin, scratch);
       if (key + chunk_ < tile.end_key)
         prefetch_keys(layer, segment, key + chunk_, tile, head);
       else if (has_next)
@@ -262,7 +270,7 @@ class Attention {
   // Which of a tree's first `num_keys` keys the row sees. They are rows of this step and have their positions.
   uint64_t tree_mask(const Segment& segment, int row, int window, int num_keys) const {
     uint64_t mask = segment.mask(row);
-    for (int j = 0; mask >> j != 0 && j < 63; j++) {
+    for (int j = 0; j < 64 && mask >> j != 0; j++) {
       const bool is_far = window && positions_[segment.row_start + j] <= positions_[row] - window;
       if (is_far || j >= num_keys) mask &= ~(uint64_t(1) << j);
     }
@@ -312,29 +320,47 @@ class Attention {
     multiply(product, num_queries);
   }
 
-  // One query's scores of the chunk at `key` become weights.
-  void weigh(int query, int key, int num_keys, bool is_first, Scratch& scratch) const {
-    float* scores = scratch.scores.data() + long(query) * chunk_;
+  // The scores of the chunk at `key` become weights, several queries at a time: their long chains of operations overlap.
+  void weigh_all(int num_queries, int key, int num_keys, bool is_first, Scratch& scratch) const {
+    for (int i = 0; i < num_queries; i++)
+      if (scratch.first[i] > key || scratch.limit[i] < key + num_keys) hide(i, key, num_keys, scratch);
+    int i = 0;
+    for (; i + 4 <= num_queries; i += 4) weigh<4>(i, num_keys, is_first, scratch);
+    for (; i + 2 <= num_queries; i += 2) weigh<2>(i, num_keys, is_first, scratch);
+    for (; i < num_queries; i++) weigh<1>(i, num_keys, is_first, scratch);
+  }
+
+  template <int kCount>
+  void weigh(int query, int num_keys, bool is_first, Scratch& scratch) const {
+    const float* scores = scratch.scores.data() + long(query) * chunk_;
     T* weights = scratch.weights.data() + long(query) * chunk_;
-    if (scratch.first[query] > key || scratch.limit[query] < key + num_keys) hide(query, key, num_keys, scratch);
+    Vec highest[kCount], base[kCount], sums[kCount];
+    for (int q = 0; q < kCount; q++) highest[q] = splat(scratch.running[query + q].highest);
+    for (int i = 0; i < num_keys; i += kLanes)
+      for (int q = 0; q < kCount; q++) highest[q] = maximum(highest[q], load(scores + long(q) * chunk_ + i));
+    for (int q = 0; q < kCount; q++) {
+      base[q] = splat(max_of(highest[q]));
+      sums[q] = Vec{};
+    }
+    for (int i = 0; i < num_keys; i += kLanes)
+      for (int q = 0; q < kCount; q++) {
+        const Vec weight = exp2_of<Element<T>::kExpDegree>(load(scores + long(q) * chunk_ + i) - base[q]);
+        sums[q] += weight;
+        store_as(weights + long(q) * chunk_ + i, weight);
+      }
+    for (int q = 0; q < kCount; q++) advance(query + q, base[q][0], sum_of(sums[q]), num_keys, is_first, scratch);
+  }
+
+  // The running softmax of one query takes a chunk in, whose highest score so far and sum of weights are given.
+  void advance(int query, float highest, float sum, int num_keys, bool is_first, Scratch& scratch) const {
     Running& running = scratch.running[query];
-    Vec highest = splat(running.highest);
-    for (int i = 0; i < num_keys; i += kLanes) highest = maximum(highest, load(scores + i));
-    const float now = max_of(highest);
-    if (now == kLowest) {  // it has seen no key yet
-      memset(static_cast<void*>(weights), 0, num_keys * sizeof(T));
+    if (highest == kLowest) {  // it has seen no key yet: the weights are not what they seem
+      memset(static_cast<void*>(scratch.weights.data() + long(query) * chunk_), 0, num_keys * sizeof(T));
       return;
     }
-    const Vec base = splat(now);
-    Vec sum{};
-    for (int i = 0; i < num_keys; i += kLanes) {
-      const Vec weight = exp2_of(load(scores + i) - base);
-      sum += weight;
-      store_as(weights + i, weight);
-    }
-    const float kept = now == running.highest ? 1.f : exp2f(running.highest - now);
-    running.sum = running.sum * kept + sum_of(sum);
-    running.highest = now;
+    const float kept = highest == running.highest ? 1.f : exp2f(running.highest - highest);
+    running.sum = running.sum * kept + sum;
+    running.highest = highest;
     if (is_first || kept == 1.f) return;
     float* sums = scratch.sums.data() + long(query) * shape_.padded_dim();
     for (int d = 0; d < shape_.padded_dim(); d += kLanes) store(sums + d, load(sums + d) * splat(kept));

@@ -64,7 +64,7 @@ struct Cut {
     // The rows of a unit stay in a core's second-level cache while the panels pass by.
     constexpr int cache_bytes = 384 << 10, min_rows = 48, max_rows = 240, units_per_thread = 6;
     rows_per_unit = std::clamp(cache_bytes / bytes_per_row / 48 * 48, min_rows, max_rows);
-    const int wanted = std::max(1, units_per_thread * num_threads / num_row_units());
+    const int wanted = std::max(1, units_per_thread * num_threads / std::max(1, num_row_units()));
     columns_per_unit = std::clamp((num_columns + wanted - 1) / wanted, 1, 16);
   }
 
@@ -280,9 +280,9 @@ class Decoder {
   void reserve() {
     const size_t rows = step_->num_rows + kSpareRows, wanted = step_->num_logit_rows + kSpareRows;
     hidden_.reserve(rows * hidden_stride());
-    input_.reserve(rows * input_stride());
+    input_.reserve(std::max(rows, wanted) * input_stride());  // a row may be wanted more than once
     attended_.reserve(rows * attended_stride());
-    active_.reserve(rows * active_stride());
+    active_.reserve(std::max(rows, wanted) * active_stride());
     last_hidden_.reserve(wanted * hidden_stride());
     last_attended_.reserve(wanted * attended_stride());
   }
@@ -361,10 +361,11 @@ class Decoder {
     const T* from = embedding_.data() + long(step_->token_ids[row]) * shape_.hidden_size;
     float* to = hidden_.data() + long(row) * hidden_stride();
     for (int i = 0; i < shape_.hidden_size; i++) to[i] = to_float(from[i]);
-    normalize(to, layers_[0]->attention_norm, row);
+    normalize_for_attention(0, row);
   }
 
   void normalize_for_attention(int layer, int row) {
+    attention_.kv().clear_page_before(layer, step_->slots[row]);
     normalize(hidden_.data() + long(row) * hidden_stride(), layers_[layer]->attention_norm, row);
   }
 
@@ -524,6 +525,7 @@ class Decoder {
     for (int row = unit.row; row < unit.end_row; row++) best[row] = {-INFINITY, 0};
     product(input_.data(), input_stride(), head_, unit, thread, [&](int row, int panel, float* sums) {
       const int first = panel * kPanel, size = std::min(kPanel, shape_.vocab_size - first);
+      add_bias(sums, head_.bias(panel), kPanel);
       if (step_->logits != nullptr)
         memcpy(step_->logits + long(row) * shape_.vocab_size + first, sums, size * sizeof(float));
       update(best[row], sums, first, size);

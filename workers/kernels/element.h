@@ -38,11 +38,13 @@ struct Element;
 template <>
 struct Element<float> {
   static constexpr int kDepth = 1;
+  static constexpr int kExpDegree = 5;  // of the polynomial for softmax weights: an error below rounding
 };
 
 template <>
 struct Element<Bf16> {
   static constexpr int kDepth = 2;
+  static constexpr int kExpDegree = 3;
 };
 
 template <class T>

@@ -36,7 +36,7 @@ template <class T>
 class AttentionOf final : public AttentionOnly {
  public:
   AttentionOf(const AttentionShape& shape, int num_threads)
-      : shape_(shape), attention_(shape, num_threads), crew_(num_threads, 3) {}
+      : shape_(shape), attention_(shape, num_threads), crew_(num_threads, 4) {}
 
   void begin(const Step& step) override {
     step_ = step;
@@ -50,7 +50,8 @@ class AttentionOf final : public AttentionOnly {
     key_ = static_cast<const T*>(key);
     value_ = static_cast<const T*>(value);
     out_ = static_cast<T*>(out);
-    crew_.run({{run<&AttentionOf::store_row>, 0, step_.num_rows},
+    crew_.run({{run<&AttentionOf::clear_page>, 0, step_.num_rows},
+               {run<&AttentionOf::store_row>, 0, step_.num_rows},
                {run<&AttentionOf::attend_unit>, 0, attention_.num_tile_units()},
                {run<&AttentionOf::merge_unit>, 0, attention_.num_merge_units()}},
               this);
@@ -65,6 +66,8 @@ class AttentionOf final : public AttentionOnly {
   }
 
   int stride() const { return shape_.num_heads * shape_.head_dim; }
+
+  void clear_page(int row, int) { attention_.kv().clear_page_before(layer_, step_.slots[row]); }
 
   void store_row(int row, int) {
     const int dim = shape_.head_dim;

@@ -12,10 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.workers.attention.script import PAGE_SIZE, Draft, Grown, Script, batch
+from tests.workers.kernels.conftest import AMX_EMULATED
 from workers.attention.protocol import MAX_TREE_ROWS, AttentionBackend, KVShape, Segment, SegmentKind, StepBatch
 from workers.attention.reference import ReferenceAttention
 from workers.attention.softmax import attend_by_matmul, attend_with_lse
 from workers.attention.torch_backend import TorchAttention
+from workers.kernels.attention import NativeAttention
+from workers.kernels.build import build
+from workers.kernels.library import PAGE_MULTIPLE, Library
+from workers.kernels.variants import VARIANTS, Variant, cpu_features
 
 CPU = torch.device("cpu")
 NUM_PAGES = 512
@@ -34,9 +39,19 @@ def make_torch(shape: KVShape, dtype: torch.dtype) -> AttentionBackend:
     return TorchAttention(shape, dtype=dtype, device=CPU)
 
 
+def make_native(variant: Variant) -> Callable[[KVShape, torch.dtype], AttentionBackend]:
+    return lambda shape, dtype: NativeAttention(Library(build(variant), variant), shape, dtype=dtype, threads=2)
+
+
+NATIVE = [variant for variant in (*VARIANTS, AMX_EMULATED) if variant.runs_on(cpu_features())]
 BACKENDS = {
     "torch-float32": BackendCase(make_torch, torch.float32, PAGE_SIZE),
     "torch-bfloat16": BackendCase(make_torch, torch.bfloat16, PAGE_SIZE),
+    **{
+        f"{variant.name}-{name}": BackendCase(make_native(variant), dtype, PAGE_MULTIPLE)
+        for variant in NATIVE
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    },
 }
 WINDOWS = [None, 1, 5, 16, 60]
 

@@ -1,0 +1,117 @@
+"""The native attention backend's edges; its results are held to the contract in tests/workers/attention."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from torch import Tensor
+
+from protos.errors import SetupError
+from workers.attention.protocol import KVShape, Segment, StepBatch
+from workers.attention.torch_backend import TorchAttention
+from workers.kernels.attention import NativeAttention
+from workers.kernels.library import AttentionShape, DecoderShape, Library
+
+KV = KVShape(num_layers=2, num_pages=8, page_size=32, num_kv_heads=2, head_dim=24)
+CPU = torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+BEYOND_ANY_MACHINE = 2**31 - 1
+
+
+def batch(rows: range, segments: tuple[Segment, ...], *, slots: Tensor | None = None) -> StepBatch:
+    positions = torch.tensor(list(rows), dtype=torch.int64)
+    return StepBatch(positions, positions, positions if slots is None else slots, segments, positions[:0])
+
+
+def random_heads(num_rows: int, num_heads: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, num_heads, KV.head_dim, generator=generator).to(dtype)
+
+
+def inputs(num_rows: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    query = random_heads(num_rows, 6, dtype, seed)
+    return query, random_heads(num_rows, 2, dtype, seed + 1), random_heads(num_rows, 2, dtype, seed + 2)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 48])
+def test_a_page_size_that_the_kernels_cannot_keep(generic: Library, page_size: int) -> None:
+    with pytest.raises(SetupError, match=rf"engine\.kv\.page_size is {page_size}; .*multiple of 32"):
+        NativeAttention(generic, KVShape(1, 8, page_size, 1, 16), dtype=torch.float32, threads=1)
+
+
+def test_a_store_that_no_machine_holds(library: Library) -> None:
+    shape = KVShape(64, BEYOND_ANY_MACHINE, 32, 64, 128)
+    attention = NativeAttention(library, shape, dtype=torch.float32, threads=1)
+    attention.begin(batch(range(1), ()))
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        attention.attend(0, *(torch.zeros(1, 64, 128) for _ in range(3)), window=None)
+
+
+def test_a_handle_that_cannot_be_made_is_none(generic: Library) -> None:
+    attention = AttentionShape(64, BEYOND_ANY_MACHINE, 32, 64, 64, 128)
+    assert generic.call("attention_new", ctypes.byref(attention), 0, 1) is None
+    assert "bad_alloc" in generic.error()
+    decoder = DecoderShape(attention, 96, 48, 80, 1e-6, 128)
+    assert generic.call("decoder_new", ctypes.byref(decoder), 1, 1) is None
+
+
+@DTYPES
+def test_a_copied_page_holds_keys_and_values_of_every_layer(library: Library, dtype: torch.dtype) -> None:
+    attention = NativeAttention(library, KV, dtype=dtype, threads=2)
+    rows = range(32)
+    attention.begin(batch(rows, (Segment(0, 32, (0,), 0, 32),)))
+    for layer in range(KV.num_layers):
+        attention.attend(layer, *inputs(32, dtype, seed=10 * layer), window=None)
+    attention.copy_page(0, 5)
+
+    def read(page: int, layer: int) -> Tensor:
+        """One row that is stored elsewhere, and sees the page."""
+        slots = torch.tensor([64])
+        attention.begin(batch(range(1), (Segment(0, 1, (page,), 0, 32, "full"),), slots=slots))
+        return attention.attend(layer, *inputs(1, dtype, seed=100), window=None)
+
+    for layer in range(KV.num_layers):
+        assert torch.equal(read(5, layer), read(0, layer))
+        assert read(0, layer).abs().max() > 0
+        assert not read(6, layer).any()
+
+
+def test_a_copy_before_anything_is_stored(generic: Library) -> None:
+    NativeAttention(generic, KV, dtype=torch.float32, threads=1).copy_page(0, 1)
+
+
+@DTYPES
+def test_rows_without_keys_get_zeros(library: Library, dtype: torch.dtype) -> None:
+    attention = NativeAttention(library, KV, dtype=dtype, threads=2)
+    segments = (Segment(0, 0, (), 0, 0), Segment(1, 2, (), 0, 0, "full"), Segment(0, 1, (0,), 0, 1), Segment(3, 0, (0,), 0, 1))
+    attention.begin(batch(range(3), segments))
+    query, key, value = inputs(3, dtype)
+    output = attention.attend(0, query, key, value, window=None)
+    assert not output[1:].any()
+    torch.testing.assert_close(output[0], value[0].repeat_interleave(3, dim=0), atol=1e-6, rtol=1e-2)
+
+
+@DTYPES
+def test_a_step_without_segments(library: Library, dtype: torch.dtype) -> None:
+    attention = NativeAttention(library, KV, dtype=dtype, threads=2)
+    attention.begin(batch(range(2), ()))
+    assert not attention.attend(0, *inputs(2, dtype), window=None).any()
+    attention.begin(batch(range(0), ()))
+    assert attention.attend(0, *inputs(0, dtype), window=None).shape == (0, 6, 24)
+
+
+def test_a_window_hides_the_64th_draft_too(library: Library) -> None:
+    """The highest bit of a mask: the last row is near the root, out of the window of a deep row that names it."""
+    mask = (*(1 << row for row in range(62)), 1 << 62 | 1 << 63, 1 << 63)
+    segment = Segment(0, 64, (0, 1), 0, 64, "tree", mask)
+    positions = torch.tensor([*range(63), 0])
+    step = StepBatch(positions, positions, torch.arange(64), (segment,), positions[:0])
+    native = NativeAttention(library, KV, dtype=torch.float32, threads=1)
+    plain = TorchAttention(KV, dtype=torch.float32, device=CPU)
+    native.begin(step)
+    plain.begin(step)
+    values = inputs(64, torch.float32)
+    actual, expected = native.attend(0, *values, window=5), plain.attend(0, *values, window=5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
