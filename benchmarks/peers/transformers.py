@@ -26,6 +26,7 @@ class Transformers:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
         self._most_cells: int = settings.options["most_cells"]
+        self._max_batch = settings.max_batch
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True
         ).eval()
@@ -37,21 +38,16 @@ class Transformers:
     def warm(self, prefixes: Sequence[Tokens]) -> None:
         if [prefix for prefix, _ in self._prefixes] == list(prefixes):
             return
+        self._decline_beyond(self._max_batch * max(map(len, prefixes), default=0))
         self._prefixes = [(prefix, self._computed(prefix)) for prefix in prefixes]
 
     def run(self, prompts: Sequence[Tokens], max_tokens: int) -> list[Tokens]:
         longest = max(map(len, prompts))
-        if len(prompts) * longest > self._most_cells:
-            raise Skip(
-                f"skipped: {len(prompts)} copies of {longest} positions, copied again at every step, take minutes"
-            )
+        self._decline_beyond(len(prompts) * longest)
         found = [self._prefix_of(prompt) for prompt in prompts]
         shared = len(found[0][0]) if found[0] else 0
-        width = longest - shared
         padded = [prompt[:shared] + [0] * (longest - len(prompt)) + prompt[shared:] for prompt in prompts]
-        mask = [
-            [1] * shared + [0] * (longest - len(prompt)) + [1] * (width - longest + len(prompt)) for prompt in prompts
-        ]
+        mask = [[1] * shared + [0] * (longest - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
         with torch.inference_mode():
             out = self._model.generate(
                 input_ids=torch.tensor(padded),
@@ -64,6 +60,10 @@ class Transformers:
                 pad_token_id=0,
             )
         return [[int(token) for token in row] for row in out[:, longest:]]
+
+    def _decline_beyond(self, num_cells: int) -> None:
+        if num_cells > self._most_cells:
+            raise Skip(f"skipped: {num_cells:,} keys in all rows, copied again at every step, would take minutes")
 
     def _prefix_of(self, prompt: Tokens) -> tuple[Tokens, Layers]:
         """The longest prefix that the prompt begins with; prompts of one run have equally long ones."""
