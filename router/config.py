@@ -77,6 +77,15 @@ class SessionsSection(Section):
     max_frame_bytes: int = Field(default=16 << 20, ge=1 << 20, description="Frames to workers are split above this.")
 
 
+class StreamingSection(Section):
+    """How tokens are put together into messages. A first token and an end never wait."""
+
+    messages_per_s: float = Field(
+        default=1500.0, gt=0, description="Messages of all streams together; beyond, tokens share messages."
+    )
+    max_interval_s: float = Field(default=0.05, ge=0, description="Longest that a token waits for others, seconds.")
+
+
 class RouterConfig(Section):
     """One router: the client-facing server, its limits, and its sessions with workers."""
 
@@ -84,6 +93,7 @@ class RouterConfig(Section):
     metrics: MetricsSection = Field(default=MetricsSection(), description="The Prometheus endpoint.")
     limits: LimitsSection = Field(default=LimitsSection(), description="What requests may ask for.")
     sessions: SessionsSection = Field(default=SessionsSection(), description="The sessions with workers.")
+    streaming: StreamingSection = Field(default=StreamingSection(), description="How tokens become messages.")
 
     @model_validator(mode="after")
     def _a_worker_holds_the_largest_group(self) -> RouterConfig:

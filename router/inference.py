@@ -23,6 +23,7 @@ from router.admission import Admission
 from router.fleet import Fleet
 from router.group import Group
 from router.metrics import RouterMetrics
+from router.pacer import Pacer
 from router.stream import Stream
 from router.tokenizer import Tokenizer
 from router.validation import Rules, check_prompt, check_token_ids, decode_text
@@ -45,6 +46,7 @@ class Inference(pb_grpc.InferenceServicer):
         admission: Admission,
         fleet: Fleet,
         metrics: RouterMetrics,
+        pacer: Pacer,
         router_id: str,
     ) -> None:
         self._rules = rules
@@ -52,6 +54,7 @@ class Inference(pb_grpc.InferenceServicer):
         self._admission = admission
         self._fleet = fleet
         self._metrics = metrics
+        self._pacer = pacer
         self._router_id = router_id
         self._serial = itertools.count(1)
 
@@ -85,8 +88,9 @@ class Inference(pb_grpc.InferenceServicer):
         (stream,) = group.streams
         self._admission.admit(group)
         try:
-            while (response := await stream.next_response()) is not None:
-                await context.write(response)
+            with self._pacer.stream():
+                while (response := await stream.next_response(self._pacer.interval_s)) is not None:
+                    await context.write(response)
         finally:
             self._admission.release(group)
         return stream.outcome

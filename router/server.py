@@ -19,6 +19,7 @@ from router.config import GrpcSection, RouterConfig, TLSSection
 from router.fleet import Fleet
 from router.inference import Inference
 from router.metrics import MetricsServer, RouterMetrics
+from router.pacer import Pacer
 from router.policy import default_policy
 from router.session import RouterIdentity, SessionState
 from router.tokenizer import Tokenizer
@@ -100,6 +101,7 @@ class _Running:
             admission=self._admission,
             fleet=self.fleet,
             metrics=self._metrics,
+            pacer=Pacer(config.streaming),
             router_id=identity.router_id,
         )
         self._server = grpc.aio.server(

@@ -7,6 +7,7 @@ all its finishes or in one error, and whatever arrives later is dropped.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -59,6 +60,9 @@ class Stream:
         self._num_completion_tokens = 0
         self._written = False
         self._wake = asyncio.Event()
+        self._due = 0.0  # by the clock: no message sooner
+        self._last_response = -math.inf
+        self._alarm: asyncio.TimerHandle | None = None  # rings when the next message is due
 
     @property
     def ended(self) -> bool:
@@ -117,19 +121,37 @@ class Stream:
             if index not in self._finishes:
                 self._push(Delta(self.request.request_id, index, "", (), finish=Finish("abort")))
 
-    async def next_response(self) -> pb.GenerateResponse | None:
+    async def next_response(self, interval_s: float = 0.0) -> pb.GenerateResponse | None:
         """What is new since the last call, in one message; None after the end. Raises the error the stream ended in.
 
-        A slow reader finds everything that came meanwhile in one message; `max_tokens` bounds it.
+        Returns no sooner than `interval_s` after the last message unless the stream has ended. A slow reader finds
+        everything that came meanwhile in one message; `max_tokens` bounds it.
         """
-        while not (self._pending or self.ended):
+        self._due = self._last_response + interval_s
+        while not self._is_due():
             self._wake.clear()
             await self._wake.wait()
         if self._pending:
+            self._last_response = self._clock()
             return self._take()
         if self.error is not None:
             raise self.error
         return None
+
+    def _is_due(self) -> bool:
+        """Whether a message should leave now; if one should later, the reader will be woken then."""
+        if self.ended:
+            return True
+        if not self._pending:
+            return False
+        wait_s = self._due - self._clock()
+        if wait_s > 0 and self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(wait_s, self._ring)
+        return wait_s <= 0
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._wake.set()
 
     def _push(self, delta: Delta) -> None:
         self._pending.append(delta)
@@ -137,7 +159,8 @@ class Stream:
             self._finishes[delta.index] = delta.finish.reason
             if self.ended and self._series is not None:
                 self._series.e2e_latency.observe(self.age_s)
-        self._wake.set()
+        if self._alarm is None or self.ended:
+            self._wake.set()
 
     def _count(self, delta: Delta) -> None:
         if self._cached_tokens is None:
