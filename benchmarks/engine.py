@@ -2,7 +2,8 @@
 
     python -m benchmarks.engine --setup                      # environments and models: once, many minutes
     python -m benchmarks.engine --models random --only ours,vllm --workloads shared-1k,tree
-    python -m benchmarks.engine --variant 'ours-per-sequence={"engine": {"share_compute": false}}'
+    python -m benchmarks.engine --variant 'per-sequence={"engine": {"sharing": {"mode": "never"}}}'
+    python -m benchmarks.engine --only ours,cluster          # what client, gRPC, router and session leave of it
 
 Every engine is one process in an environment of its own, resident throughout, asked in turn, with the same weights and
 the same prompts as token ids, greedy. A workload is run twice in a round, with other prompts: to one token, and to all:
@@ -35,7 +36,7 @@ from benchmarks.conditions import ROOT, Observation
 from benchmarks.options import Options, add_options, positive, read_options
 from benchmarks.peers import plots
 from benchmarks.peers.answers import Agreement, Answers
-from benchmarks.peers.contenders import OURS, PEERS, Contender, Entrant, Race, prepare, usable_cores
+from benchmarks.peers.contenders import CLUSTER, OURS, PEERS, Contender, Entrant, Race, prepare, usable_cores
 from benchmarks.peers.environment import SetupFailedError
 from benchmarks.peers.floor import Floor, measure_floor
 from benchmarks.peers.leads import Lead, leads
@@ -115,8 +116,8 @@ def workloads(model: Model, args: argparse.Namespace) -> list[Workload[Work]]:
 def contenders(args: argparse.Namespace) -> list[Contender]:
     """Ours first, then its variants, then the peers; only those named, if any are."""
     variants = [replace(OURS, name=name, options=options) for name, options in args.variant or []]
-    everybody = [replace(OURS, options=args.ours), *variants, *PEERS]
-    wanted = args.only or [contender.name for contender in everybody]
+    everybody = [replace(OURS, options=args.ours), *variants, replace(CLUSTER, options=args.ours), *PEERS]
+    wanted = args.only or [contender.name for contender in everybody if contender.program != CLUSTER.program]
     unknown = set(wanted) - {contender.name for contender in everybody}
     if unknown:
         names = ", ".join(contender.name for contender in everybody)

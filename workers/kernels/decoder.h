@@ -361,6 +361,7 @@ class Decoder {
     const T* from = embedding_.data() + long(step_->token_ids[row]) * shape_.hidden_size;
     float* to = hidden_.data() + long(row) * hidden_stride();
     for (int i = 0; i < shape_.hidden_size; i++) to[i] = to_float(from[i]);
+    for (int i = shape_.hidden_size; i < hidden_stride(); i++) to[i] = 0;  // a row before may have left a NaN
     normalize_for_attention(0, row);
   }
 

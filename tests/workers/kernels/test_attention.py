@@ -85,7 +85,12 @@ def test_a_copy_before_anything_is_stored(generic: Library) -> None:
 @DTYPES
 def test_rows_without_keys_get_zeros(library: Library, dtype: torch.dtype) -> None:
     attention = NativeAttention(library, KV, dtype=dtype, threads=2)
-    segments = (Segment(0, 0, (), 0, 0), Segment(1, 2, (), 0, 0, "full"), Segment(0, 1, (0,), 0, 1), Segment(3, 0, (0,), 0, 1))
+    segments = (
+        Segment(0, 0, (), 0, 0),
+        Segment(1, 2, (), 0, 0, "full"),
+        Segment(0, 1, (0,), 0, 1),
+        Segment(3, 0, (0,), 0, 1),
+    )
     attention.begin(batch(range(3), segments))
     query, key, value = inputs(3, dtype)
     output = attention.attend(0, query, key, value, window=None)
@@ -115,3 +120,48 @@ def test_a_window_hides_the_64th_draft_too(library: Library) -> None:
     values = inputs(64, torch.float32)
     actual, expected = native.attend(0, *values, window=5), plain.attend(0, *values, window=5)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_pages_beyond_four_gibibytes(library: Library) -> None:
+    """More elements than 32 bits count; no more memory than is written to."""
+    shape = KVShape(num_layers=2, num_pages=18_000, page_size=32, num_kv_heads=8, head_dim=128)
+    assert 2 * 2 * shape.num_layers * shape.num_pages * shape.page_size * 8 * 128 > 4 << 30
+    attention = NativeAttention(library, shape, dtype=torch.bfloat16, threads=1)
+    last = shape.num_pages - 1
+    slots = torch.tensor([last * 32])
+    attention.begin(batch(range(1), (Segment(0, 1, (last,), 0, 1),), slots=slots))
+    heads = torch.linspace(-1, 1, 8 * 128).view(1, 8, 128).bfloat16()
+    assert torch.equal(attention.attend(1, heads, heads, heads, window=None), heads)
+    attention.copy_page(last, 0)
+    attention.begin(batch(range(1), (Segment(0, 1, (0,), 0, 1, "full"),), slots=slots - 32))
+    assert torch.equal(attention.attend(1, heads, heads, -heads, window=None), heads)
+
+
+@DTYPES
+def test_a_long_context(library: Library, dtype: torch.dtype) -> None:
+    """131,072 keys: one page, over and over again, gives what the page gives once."""
+    attention = NativeAttention(library, KV, dtype=dtype, threads=2)
+    attention.begin(batch(range(32), (Segment(0, 32, (3,), 0, 32),), slots=torch.arange(96, 128)))
+    attention.attend(0, *inputs(32, dtype), window=None)
+    segments = (Segment(0, 3, (3,), 0, 32, "full"), Segment(3, 3, (3,) * 4096, 0, 4096 * 32, "full"))
+    attention.begin(batch(range(6), segments))
+    query, key, value = inputs(6, dtype, seed=3)
+    query[3:] = query[:3]
+    output = attention.attend(0, query, key, value, window=None).float()
+    torch.testing.assert_close(output[3:], output[:3], atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+@DTYPES
+def test_what_others_left_in_a_page_is_gone(library: Library, dtype: torch.dtype) -> None:
+    """Numbers that are none would otherwise reach whoever gets the page next."""
+    attention = NativeAttention(library, KV, dtype=dtype, threads=2)
+    attention.begin(batch(range(64), (Segment(0, 64, (1, 2), 0, 64),), slots=torch.arange(32, 96)))
+    bad = tuple(torch.full_like(heads, torch.nan) for heads in inputs(64, dtype))
+    attention.attend(0, *bad, window=None)
+    attention.begin(
+        batch(range(40), (Segment(0, 40, (2, 1), 0, 40),), slots=torch.tensor([*range(64, 96), *range(32, 40)]))
+    )
+    values = inputs(40, dtype)
+    fresh = NativeAttention(library, KV, dtype=dtype, threads=1)
+    fresh.begin(batch(range(40), (Segment(0, 40, (0, 1), 0, 40),)))
+    assert torch.equal(attention.attend(0, *values, window=None), fresh.attend(0, *values, window=None))

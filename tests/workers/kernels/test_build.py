@@ -114,9 +114,7 @@ def test_the_compilers_complaint_is_passed_on(compiler: FakeCompiler, tmp_path: 
         build(GENERIC, tmp_path / "kept")
 
 
-def test_a_compiler_that_does_not_end(
-    compiler: FakeCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_that_does_not_end(compiler: FakeCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler.behaves("exec sleep 30")
     monkeypatch.setattr(building, "TIMEOUT_S", 0.5)
     with pytest.raises(SetupError, match="took longer"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ def decoder(tmp_path: Path) -> Decoder:
 def test_more_rows_and_more_keys_cost_more(generic: Library, decoder: Decoder) -> None:
     kv = kv_shape(decoder, num_pages=128)
     cost = calibrated_cost(native_model(generic, decoder, kv, threads=2), kv)
-    assert cost.segment(1, 100_000) > 10 * cost.segment(1, 1000) - 9 * cost.fixed_s - 1e-9
+    assert cost.segment(64, 4096) > cost.segment(64, 256) > 0
     assert cost.segment(256, 2048) > cost.segment(1, 2048) > cost.segment(1, 0)
     assert cost.merge(64) > 0
 
@@ -39,8 +38,10 @@ def test_a_small_store_can_be_measured(generic: Library, decoder: Decoder, num_p
 
 def test_the_stores_contents_stay(generic: Library, decoder: Decoder) -> None:
     kv = kv_shape(decoder, num_pages=128)
-    tokens = random_tokens(3001, VOCAB_SIZE, seed=random.Random(1).randrange(100))
-    whole = logits_of(native_model(generic, decoder, kv, threads=2), Stream(kv), [{"it": tokens[:3000]}, {"it": tokens[3000:]}])
+    tokens = random_tokens(3001, VOCAB_SIZE)
+    whole = logits_of(
+        native_model(generic, decoder, kv, threads=2), Stream(kv), [{"it": tokens[:3000]}, {"it": tokens[3000:]}]
+    )
     model, stream = native_model(generic, decoder, kv, threads=2), Stream(kv)
     logits_of(model, stream, [{"it": tokens[:3000]}])
     calibrated_cost(model, kv)

@@ -27,7 +27,7 @@ from workers.model.decoder import Decoder
 from workers.model.layers import Linear
 from workers.model.loader import load_decoder
 
-# Relative to the largest logit. Both sides round every sum to 24 bits; the sums have up to 400 terms, three layers deep.
+# Relative to the largest logit. Both sides round to 24 bits; their sums have up to 400 terms, three layers deep.
 FP32_TOLERANCE = 1e-4
 
 # The native path is never less exact than the torch path on the same weights. Both round weights, keys, values and the
@@ -89,8 +89,7 @@ def script(vocab_size: int) -> list[Growth]:
         {"b": b[38:39], "a": a[60:109], "c": c[71:72]},
         {"c": c[72:73], "d": d[14:31]},
     ]
-    for index in range(4):
-        steps.append({"a": a[109 + index : 110 + index], "c": c[73 + index : 74 + index], "b": b[39 + index : 40 + index]})
+    steps += [{"a": a[109 + i : 110 + i], "c": c[73 + i : 74 + i], "b": b[39 + i : 40 + i]} for i in range(4)]
     return [*steps, {"d": d[31:32]}]
 
 
@@ -134,7 +133,9 @@ class Prompt:
     decoder: Decoder
     num_tokens: int = 40
 
-    def scores(self, rows: Sequence[int], *, with_logits: bool = True, threads: int = 2) -> tuple[Tensor, Tensor | None]:
+    def scores(
+        self, rows: Sequence[int], *, with_logits: bool = True, threads: int = 2
+    ) -> tuple[Tensor, Tensor | None]:
         kv = kv_shape(self.decoder)
         tokens = random_tokens(self.num_tokens, self.decoder.config.vocab_size)
         model = native_model(self.library, self.decoder, kv, threads=threads)
@@ -267,3 +268,19 @@ def test_shared_prefixes_and_draft_trees(
     assert expected is not None
     assert actual is not None
     assert (actual - expected).abs().max() <= FP32_TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_others_left_in_a_page_is_gone(library: Library, load: Load, dtype: torch.dtype) -> None:
+    """A sequence of numbers that are none, and then others in its pages."""
+    decoder = load("llama", dtype)
+    embedding = decoder.embedding.clone()
+    embedding[5] = torch.nan
+    decoder = replace(decoder, embedding=embedding)
+    kv = kv_shape(decoder, num_pages=4)
+    tokens = [token for token in random_tokens(50, VOCAB_SIZE) if token != 5]
+    fresh = logits_of(native_model(library, decoder, kv), Stream(kv), [{"it": tokens}])["it"]
+    model = native_model(library, decoder, kv)
+    assert logits_of(model, Stream(kv, seed=1), [{"bad": [5] * 128}])["bad"].isnan().all()
+    assert torch.equal(logits_of(model, Stream(kv), [{"it": tokens}])["it"], fresh)
+    assert fresh.isfinite().all()

@@ -6,6 +6,7 @@ Deterministic mode rests on this: it never shares, and needs nothing else of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,18 +60,17 @@ def beside(steps: Sequence[Growth], lengths: Sequence[int]) -> list[Growth]:
     for index, length in enumerate(lengths):
         tokens = random_tokens(length + len(steps), VOCAB_SIZE, seed=100 + index)
         cuts = [0, *range(length, length + len(steps))]
-        parts = [tokens[a:b] for a, b in zip(cuts, cuts[1:] , strict=False)]
+        parts = [tokens[a:b] for a, b in pairwise(cuts)]
         name = f"{index}"
         steps = [
-            {name: part, **step} if index % 2 else {**step, name: part}
-            for step, part in zip(steps, parts, strict=True)
+            {name: part, **step} if index % 2 else {**step, name: part} for step, part in zip(steps, parts, strict=True)
         ]
     return steps
 
 
 def cut(tokens: Sequence[int], *ends: int) -> list[Growth]:
     bounds = [0, *ends, len(tokens)]
-    return [{"it": tokens[a:b]} for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [{"it": tokens[a:b]} for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
