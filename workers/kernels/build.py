@@ -44,7 +44,10 @@ class Compiler:
         """The first compiler on the PATH. Raises SetupError if there is none."""
         for name in COMPILERS:
             if path := shutil.which(name):
-                said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S)
+                try:
+                    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S)
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    raise SetupError(f"{path} does not run ({error}); repair it, or take it off the PATH") from error
                 return cls(path, said.stdout)
         raise SetupError(f"no C++ compiler is on the PATH ({', '.join(COMPILERS)}); install one, for example g++")
 
@@ -87,20 +90,18 @@ def _fingerprint(variant: Variant, compiler: Compiler) -> str:
 
 def _compile(variant: Variant, compiler: Compiler, library: Path) -> None:
     log.info("compiling the %s kernels; this takes a few seconds, once", variant.name)
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    try:
-        command = [compiler.path, *FLAGS, *variant.flags, str(ENTRY), "-o", partial]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # the linker's file has the modes others need
+        partial = Path(folder) / library.name
+        command = [compiler.path, *FLAGS, *variant.flags, str(ENTRY), "-o", str(partial)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise SetupError(
+                f"{compiler.path} took longer than {TIMEOUT_S:.0f} s for the {variant.name} kernels"
+            ) from error
         if done.returncode:
             raise SetupError(f"{compiler.path} cannot build the {variant.name} kernels: {_complaint(done.stderr)}")
         os.replace(partial, library)
-    except subprocess.TimeoutExpired as error:
-        raise SetupError(
-            f"{compiler.path} took longer than {TIMEOUT_S:.0f} s for the {variant.name} kernels"
-        ) from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _complaint(stderr: str) -> str:

@@ -141,10 +141,12 @@ extern "C" {
 
 const char* headwater_error() { return last_error.c_str(); }
 
+// Before anything else: whether the operating system lets this process use what the variant needs.
+int headwater_prepare() { return guarded(require_tiles); }
+
 AttentionOnly* headwater_attention_new(const AttentionShape* shape, int is_bf16, int num_threads) {
   AttentionOnly* made = nullptr;
   guarded([&] {
-    require_tiles();
     if (is_bf16)
       made = new AttentionOf<Bf16>(*shape, num_threads);
     else
@@ -171,7 +173,6 @@ void headwater_attention_copy_page(AttentionOnly* attention, int source, int tar
 AnyDecoder* headwater_decoder_new(const DecoderShape* shape, int is_bf16, int num_threads) {
   AnyDecoder* made = nullptr;
   guarded([&] {
-    require_tiles();
     if (is_bf16)
       made = new DecoderOf<Bf16>(*shape, num_threads);
     else

@@ -77,6 +77,9 @@ class Library:
         except OSError as error:
             raise SetupError(f"the {variant.name} kernels cannot be loaded: {error}; delete {path}") from error
         self._declare("headwater_error", c_char_p)
+        self._declare("headwater_prepare", c_int)
+        if self.call("prepare"):
+            raise SetupError(f"the {variant.name} kernels do not run here: {self.error()}")
         self._declare("headwater_attention_new", c_void_p, POINTER(AttentionShape), c_int, c_int)
         self._declare("headwater_attention_delete", None, c_void_p)
         self._declare("headwater_attention_begin", c_int, c_void_p, POINTER(Step))

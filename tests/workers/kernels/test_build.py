@@ -104,6 +104,12 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         build(GENERIC, tmp_path)
 
 
+def test_a_compiler_that_cannot_be_run(compiler: FakeCompiler, tmp_path: Path) -> None:
+    compiler.program.write_bytes(b"\x7fno program")
+    with pytest.raises(SetupError, match=r"c\+\+ does not run .*; repair it"):
+        build(GENERIC, tmp_path)
+
+
 def test_the_compilers_complaint_is_passed_on(compiler: FakeCompiler, tmp_path: Path) -> None:
     compiler.behaves('echo "In file x:" >&2; echo "x.h:7: error: no tiles" >&2; echo half > "$output"; exit 1')
     with pytest.raises(SetupError, match=r"c\+\+ cannot build the generic kernels: x\.h:7: error: no tiles$"):

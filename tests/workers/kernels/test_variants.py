@@ -10,7 +10,7 @@ from protos.errors import SetupError
 from workers.kernels import library as loading
 from workers.kernels.build import build
 from workers.kernels.library import Library, load
-from workers.kernels.variants import AVX2, AVX512_BF16, GENERIC, VARIANTS, Variant, cpu_features, named
+from workers.kernels.variants import AMX, AVX2, AVX512_BF16, GENERIC, VARIANTS, Variant, cpu_features, named
 
 CPUINFO = """\
 processor\t: 0
@@ -95,3 +95,11 @@ def test_a_library_that_the_system_refuses(tmp_path: Path) -> None:
     broken.write_text("not a library")
     with pytest.raises(SetupError, match=rf"generic kernels cannot be loaded.*delete {broken}"):
         Library(broken, GENERIC)
+
+
+def test_a_system_that_refuses_the_tiles(directory: Path) -> None:
+    """A processor may have them where the operating system, or a sandbox, does not hand them out."""
+    if AMX.runs_on(cpu_features()):
+        pytest.skip("this processor has the tiles")
+    with pytest.raises(SetupError, match="amx kernels do not run here: the operating system refuses AMX tiles"):
+        Library(build(AMX, directory), AMX)
