@@ -42,8 +42,6 @@ class KVStore {
   const T* keys(int layer, int page, int head) const { return data_.data() + offset(layer, page, head); }
   const T* values(int layer, int page, int head) const { return keys(layer, page, head) + half_; }
 
-  long half_bytes() const { return half_ * long(sizeof(T)); }
-
   // slot = page * page_size + place in the page
   void write_key(int layer, long slot, int head, const T* key) {
     constexpr int depth = Element<T>::kDepth;
@@ -147,6 +145,11 @@ class Attention {
   }
 
  private:
+  struct Pages {
+    const int32_t* first = nullptr;
+    int count = 0;
+  };
+
   // Some key heads of a tile.
   struct Unit {
     int tile;  // by size
@@ -158,7 +161,7 @@ class Attention {
     Buffer<T> weights;     // [queries][chunk]
     Buffer<float> sums;    // [queries][padded_dim]
     Buffer<float> zeros;   // [padded_dim]
-    std::vector<const T*> panels;
+    std::vector<const T*> panels, next;
     std::vector<Running> running;
     std::vector<int> first, limit;  // the keys that a query sees: [first, limit), and those of its mask
     std::vector<uint64_t> mask;
@@ -169,6 +172,7 @@ class Attention {
           sums(long(a.max_queries() + kSpareRows) * a.shape_.padded_dim()),
           zeros(a.shape_.padded_dim()),
           panels(std::max(a.chunk_ / kPanel, a.chunk_ / a.shape_.page_size * (a.shape_.padded_dim() / kPanel))),
+          next(panels.size()),
           running(a.max_queries()),
           first(a.max_queries()),
           limit(a.max_queries()),
@@ -220,32 +224,21 @@ class Attention {
     const Segment& segment = segments_[tile.segment];
     const int begin = find_visible(segment, window, tile, scratch);
     for (int key = begin; key < tile.end_key; key += chunk_) {
-      const int num_pages = pages_from(key, tile);
-      const int32_t* pages = pages_of(segment, key);
-      for (int i = 0; i < num_pages; i++) prefetch(store_.values(layer, pages[i], head), store_.half_bytes());
-      score(layer, head, pages, num_pages, queries(head, tile.row), num_queries, scratch);
-      weigh_all(num_queries, key, num_pages * shape_.page_size, key == begin, scratch);
-      if (key + chunk_ < tile.end_key)
-        prefetch_keys(layer, segment, key + chunk_, tile, head);
-      else if (has_next)
-        prefetch_keys(layer, segment, begin, tile, head + 1);
-      add_values(layer, head, pages, num_pages, num_queries, key == begin, scratch);
+      const Pages pages = pages_at(segment, tile, key);
+      const bool is_last = key + chunk_ >= tile.end_key;
+      const Pages next = is_last ? (has_next ? pages_at(segment, tile, begin) : Pages{}) : pages_at(segment, tile, key + chunk_);
+      score(layer, head, pages, queries(head, tile.row), num_queries, scratch);
+      weigh_all(num_queries, key, pages.count * shape_.page_size, key == begin, scratch);
+      add_values(layer, head, pages, is_last ? head + 1 : head, next, num_queries, key == begin, scratch);
     }
     return begin < tile.end_key;
   }
 
-  const int32_t* pages_of(const Segment& segment, int key) const {
-    return segment.pages + (segment.key_start + key) / shape_.page_size;
-  }
-
-  void prefetch_keys(int layer, const Segment& segment, int key, const Tile& tile, int head) const {
-    const int32_t* pages = pages_of(segment, key);
-    for (int i = 0; i < pages_from(key, tile); i++) prefetch(store_.keys(layer, pages[i], head), store_.half_bytes());
-  }
-
-  // How many pages the chunk at `key` has.
-  int pages_from(int key, const Tile& tile) const {
-    return (std::clamp(tile.end_key - key, 0, chunk_) + shape_.page_size - 1) / shape_.page_size;
+  // The pages of a tile's chunk at `key`.
+  Pages pages_at(const Segment& segment, const Tile& tile, int key) const {
+    const int num_keys = std::min(tile.end_key - key, chunk_);
+    return {segment.pages + (segment.key_start + key) / shape_.page_size,
+            (num_keys + shape_.page_size - 1) / shape_.page_size};
   }
 
   // Fills in what each query sees; returns the first chunk that any of them reaches into.
@@ -277,46 +270,52 @@ class Attention {
     return mask;
   }
 
-  void score(int layer, int head, const int32_t* pages, int num_pages, const T* queries, int num_queries,
-             Scratch& scratch) const {
+  // Scores of a chunk's keys. Meanwhile its values are fetched: a page has as many of them.
+  void score(int layer, int head, const Pages& pages, const T* queries, int num_queries, Scratch& scratch) const {
     const int per_page = shape_.page_size / kPanel;
-    for (int i = 0; i < num_pages; i++) {
-      const T* keys = store_.keys(layer, pages[i], head);
-      for (int j = 0; j < per_page; j++)
-        scratch.panels[i * per_page + j] = keys + long(j) * kPanel * shape_.padded_dim();
-    }
+    const long size = long(kPanel) * shape_.padded_dim();
+    for (int i = 0; i < pages.count; i++)
+      for (int j = 0; j < per_page; j++) {
+        scratch.panels[i * per_page + j] = store_.keys(layer, pages.first[i], head) + j * size;
+        scratch.next[i * per_page + j] = store_.values(layer, pages.first[i], head) + j * size;
+      }
     Product<T> product;
     product.a = queries;
     product.lda = shape_.padded_dim();
     product.panels = scratch.panels.data();
-    product.num_panels = num_pages * per_page;
+    product.num_panels = pages.count * per_page;
     product.num_blocks = 1;
     product.num_steps = shape_.padded_dim() / Element<T>::kDepth;
     product.c = scratch.scores.data();
     product.ldc = chunk_;
     product.adds = false;
-    product.has_next = false;
+    product.next = scratch.next.data();
     multiply(product, num_queries);
   }
 
-  void add_values(int layer, int head, const int32_t* pages, int num_pages, int num_queries, bool is_first,
-                  Scratch& scratch) const {
+  // The chunk's values by their weights. Meanwhile the keys of the next pages are fetched.
+  void add_values(int layer, int head, const Pages& pages, int next_head, const Pages& next, int num_queries,
+                  bool is_first, Scratch& scratch) const {
     const int num_panels = shape_.padded_dim() / kPanel;
-    for (int i = 0; i < num_pages; i++)
-      for (int j = 0; j < num_panels; j++)
-        scratch.panels[i * num_panels + j] =
-            store_.values(layer, pages[i], head) + long(j) * kPanel * shape_.page_size;
+    const long size = long(kPanel) * shape_.page_size;
+    for (int i = 0; i < pages.count; i++)
+      for (int j = 0; j < num_panels; j++) {
+        const T* panel = store_.values(layer, pages.first[i], head) + j * size;
+        scratch.panels[i * num_panels + j] = panel;
+        scratch.next[i * num_panels + j] =
+            i < next.count ? store_.keys(layer, next.first[i], next_head) + j * size : panel;
+      }
     Product<T> product;
     product.a = scratch.weights.data();
     product.lda = chunk_;
     product.panels = scratch.panels.data();
     product.num_panels = num_panels;
-    product.num_blocks = num_pages;
+    product.num_blocks = pages.count;
     product.num_steps = shape_.page_size / Element<T>::kDepth;
     product.c = scratch.sums.data();
     product.ldc = shape_.padded_dim();
     product.adds = !is_first;
-    product.has_next = false;
+    product.next = next.count > 0 ? scratch.next.data() : nullptr;
     multiply(product, num_queries);
   }
 

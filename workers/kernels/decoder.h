@@ -6,6 +6,8 @@
 #pragma once
 
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "attention.h"
 
@@ -56,14 +58,16 @@ class Matrix {
 
 // How a product of many rows with a matrix is cut into units.
 struct Cut {
+  static constexpr int kMaxRows = 240;  // of a unit
+
   int num_rows, num_columns;  // of columns: panels, or groups of panels that belong together
   int rows_per_unit, columns_per_unit;
 
   Cut(int num_rows, int num_columns, int bytes_per_row, int num_threads)
       : num_rows(num_rows), num_columns(num_columns) {
     // The rows of a unit stay in a core's second-level cache while the panels pass by.
-    constexpr int cache_bytes = 384 << 10, min_rows = 48, max_rows = 240, units_per_thread = 6;
-    rows_per_unit = std::clamp(cache_bytes / bytes_per_row / 48 * 48, min_rows, max_rows);
+    constexpr int cache_bytes = 384 << 10, min_rows = 48, units_per_thread = 6;
+    rows_per_unit = std::clamp(cache_bytes / bytes_per_row / 48 * 48, min_rows, kMaxRows);
     const int wanted = std::max(1, units_per_thread * num_threads / std::max(1, num_row_units()));
     columns_per_unit = std::clamp((num_columns + wanted - 1) / wanted, 1, 16);
   }
@@ -110,7 +114,7 @@ class Decoder {
         sin_(size_t(shape.max_context) * half_dim()),
         crew_(num_threads, shape.attention.num_layers * kPhasesPerLayer + kPhasesPerLayer) {
     for (int i = 0; i < shape.attention.num_layers; i++) layers_.push_back(std::make_unique<Layer>(*this));
-    for (int i = 0; i < num_threads; i++) scratch_.emplace_back();
+    for (int i = 0; i < num_threads; i++) scratch_.emplace_back(padded_dim());
   }
 
   enum Weight : int { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding, kNumWeights };
@@ -175,6 +179,8 @@ class Decoder {
   static constexpr int kPhasesPerLayer = 9;
   static constexpr int kRowsPerUnit = 16;  // of phases without products
   static constexpr int kSpareRows = 32;    // AMX reads whole tiles
+  static constexpr int kStreamedRows = 6;  // up to so many rows wait for memory alone, and the processor fetches best
+  static constexpr int kTogether = 4;      // panels that streamed rows take at once
   static constexpr int kSpareColumns = 32; // keeps rows from meeting in the same sets of a cache
 
   struct Layer {
@@ -191,9 +197,13 @@ class Decoder {
           feed_forward_norm(d.hidden_stride()) {}
   };
 
+  // As large as any unit needs: nothing is allocated while a step runs.
   struct Scratch {
     Buffer<float> sums;  // [rows of a unit][columns]
     std::vector<T> head;
+
+    explicit Scratch(int padded_dim)
+        : sums(size_t(Cut::kMaxRows + kSpareRows) * std::max(padded_dim, kTogether * kPanel)), head(padded_dim) {}
   };
 
   struct Best {
@@ -264,9 +274,23 @@ class Decoder {
   // Planning a step
 
   void begin(const Step& step) {
+    check(step);
     step_ = &step;
     attention_.begin(step.segments, step.num_segments, step.positions, step.num_rows);
     reserve();
+  }
+
+  // What stands in the arrays is used as an index.
+  void check(const Step& step) const {
+    const int64_t num_slots = int64_t(shape_.attention.num_pages) * shape_.attention.page_size;
+    for (int row = 0; row < step.num_rows; row++) {
+      if (step.token_ids[row] < 0 || step.token_ids[row] >= shape_.vocab_size)
+        throw std::out_of_range("token id " + std::to_string(step.token_ids[row]) + " is not in the vocabulary");
+      if (step.positions[row] < 0 || step.positions[row] >= shape_.max_context)
+        throw std::out_of_range("position " + std::to_string(step.positions[row]) + " is beyond the context");
+      if (step.slots[row] < 0 || step.slots[row] >= num_slots)
+        throw std::out_of_range("slot " + std::to_string(step.slots[row]) + " is not in the store");
+    }
   }
 
   void tell_times(Step& step) const {
@@ -399,11 +423,9 @@ class Decoder {
   // The rows and panels [panel, end) of a unit, a few panels at a time: finish(row, panel, sums of 32 columns).
   template <class Finish>
   void product(const T* a, int lda, const Matrix<T>& matrix, const Cut::Unit& unit, int thread, Finish finish) {
-    constexpr int max_together = 4;
     const int num_rows = unit.end_row - unit.row;
-    const int together = num_rows <= 6 ? max_together : 1;  // one panel stays in the first-level cache
+    const int together = num_rows <= kStreamedRows ? kTogether : 1;  // one panel stays in the first-level cache
     Buffer<float>& sums = scratch_[thread].sums;
-    sums.reserve(size_t(num_rows + kSpareRows) * max_together * kPanel);
     for (int panel = unit.column; panel < unit.end_column; panel += together) {
       const int num_panels = std::min(together, unit.end_column - panel);
       multiply_rows(a + long(unit.row) * lda, lda, matrix, panel, num_panels, num_rows, sums.data());
@@ -415,10 +437,13 @@ class Decoder {
 
   void multiply_rows(const T* a, int lda, const Matrix<T>& matrix, int panel, int num_panels, int num_rows,
                      float* sums) const {
-    const T* panels[64];
-    for (int i = 0; i < num_panels; i++) panels[i] = matrix.panel(panel + i);
+    const T *panels[64], *next[64];
+    for (int i = 0; i < num_panels; i++) {
+      panels[i] = matrix.panel(panel + i);
+      next[i] = matrix.panel(panel + num_panels + i);  // only fetched, so it may lie behind the last
+    }
     multiply(Product<T>{a, lda, panels, num_panels, 1, matrix.num_rows() / Element<T>::kDepth, sums,
-                        num_panels * kPanel, false, true},
+                        num_panels * kPanel, false, num_rows > kStreamedRows ? next : nullptr},
              num_rows);
   }
 
@@ -428,8 +453,6 @@ class Decoder {
     const Layer& weights = *layers_[layer];
     const int num_rows = unit.end_row - unit.row, per_head = padded_dim() / kPanel;
     Scratch& scratch = scratch_[thread];
-    scratch.sums.reserve(size_t(num_rows + kSpareRows) * padded_dim());
-    scratch.head.resize(padded_dim());
     for (int head = unit.column; head < unit.end_column; head++) {
       multiply_rows(input_.data() + long(unit.row) * input_stride(), input_stride(), weights.qkv, head * per_head,
                     per_head, num_rows, scratch.sums.data());

@@ -37,7 +37,7 @@ struct Product {
   float* c;
   int ldc;
   bool adds;  // to what c holds
-  bool has_next;  // the panels lie one behind another, and those behind them are wanted next: fetch them meanwhile
+  const T* const* next;  // [blocks][panels], or null: memory as large as a panel, to be fetched into the cache meanwhile
 };
 
 namespace kernel {
@@ -72,8 +72,14 @@ inline void multiply_step(Vec (&sums)[kNum], const Bf16* a, const Bf16* b) {
 #endif
 
 // kNumRows rows with kNumPanels panels, from the panel `first` on.
+// Steps of the next panels to fetch while some rows are multiplied.
+struct Share {
+  int first = 0;
+  int count = 0;
+};
+
 template <class T, int kNumRows, int kNumPanels, bool kFetches>
-void multiply_block(const Product<T>& p, int row, int first) {
+void multiply_block(const Product<T>& p, int row, int first, Share share) {
   constexpr int depth = Element<T>::kDepth;
   Vec sums[kNumRows][kNumPanels][kVecs];
   float* c = p.c + long(row) * p.ldc + first * kPanel;
@@ -86,10 +92,12 @@ void multiply_block(const Product<T>& p, int row, int first) {
     const T* const* panels = p.panels + long(block) * p.num_panels + first;
     const T* b[kNumPanels];
     for (int n = 0; n < kNumPanels; n++) b[n] = panels[n];
-    const long ahead = long(kNumPanels) * p.num_steps * kPanel * depth;
+    const T* next[kNumPanels];
+    for (int n = 0; n < kNumPanels; n++) next[n] = kFetches ? p.next[long(block) * p.num_panels + first + n] : nullptr;
     for (int step = 0; step < p.num_steps; step++) {
       for (int n = 0; n < kNumPanels; n++) {
-        if (kFetches) prefetch(b[n] + ahead, kStepBytes<T>);
+        if (kFetches && unsigned(step - share.first) < unsigned(share.count))
+          prefetch(next[n] + long(step) * kPanel * depth, kStepBytes<T>);
         for (int r = 0; r < kNumRows; r++) multiply_step(sums[r][n], a + long(r) * p.lda, b[n]);
         b[n] += kPanel * depth;
       }
@@ -102,7 +110,7 @@ void multiply_block(const Product<T>& p, int row, int first) {
 }
 
 template <class T>
-using Block = void (*)(const Product<T>&, int row, int first);
+using Block = void (*)(const Product<T>&, int row, int first, Share share);
 
 template <class T, int kNumPanels, bool kFetches, size_t... kIndex>
 constexpr Block<T> pick(int num_rows, std::index_sequence<kIndex...>) {
@@ -112,13 +120,13 @@ constexpr Block<T> pick(int num_rows, std::index_sequence<kIndex...>) {
 
 // Few rows take several panels at once: more sums run beside one another, and more streams are read.
 template <class T, int kNumPanels>
-void multiply_panels(const Product<T>& p, int row, int num_rows, bool fetches, int& first) {
+void multiply_panels(const Product<T>& p, int row, int num_rows, Share share, int& first) {
   constexpr int max_rows = kRows / kNumPanels;
   if constexpr (max_rows > 0) {
     if (num_rows > max_rows) return;
     constexpr auto rows = std::make_index_sequence<max_rows>();
-    const Block<T> run = fetches ? pick<T, kNumPanels, true>(num_rows, rows) : pick<T, kNumPanels, false>(num_rows, rows);
-    for (; first + kNumPanels <= p.num_panels; first += kNumPanels) run(p, row, first);
+    const Block<T> run = share.count > 0 ? pick<T, kNumPanels, true>(num_rows, rows) : pick<T, kNumPanels, false>(num_rows, rows);
+    for (; first + kNumPanels <= p.num_panels; first += kNumPanels) run(p, row, first, share);
   }
 }
 
@@ -129,11 +137,15 @@ void multiply(const Product<T>& p, int num_rows) {
   const int num_groups = (num_rows + kRows - 1) / kRows;
   for (int group = 0, row = 0; group < num_groups; group++) {
     const int end = num_rows * (group + 1) / num_groups;
-    const bool fetches = p.has_next && end == num_rows;
+    kernel::Share share;  // each group of rows fetches a part, so that memory is busy all the time
+    if (p.next != nullptr) {
+      share.first = p.num_steps * group / num_groups;
+      share.count = p.num_steps * (group + 1) / num_groups - share.first;
+    }
     int first = 0;
-    kernel::multiply_panels<T, 4>(p, row, end - row, fetches, first);
-    kernel::multiply_panels<T, 2>(p, row, end - row, fetches, first);
-    kernel::multiply_panels<T, 1>(p, row, end - row, fetches, first);
+    kernel::multiply_panels<T, 4>(p, row, end - row, share, first);
+    kernel::multiply_panels<T, 2>(p, row, end - row, share, first);
+    kernel::multiply_panels<T, 1>(p, row, end - row, share, first);
     row = end;
   }
 }
@@ -141,7 +153,7 @@ void multiply(const Product<T>& p, int num_rows) {
 #if defined(HEADWATER_AMX)
 
 // One panel with 16 or 32 rows: two tiles of columns by one or two of rows.
-inline void multiply_tiles(const Product<Bf16>& p, int row, bool is_tall, int panel) {
+inline void multiply_tiles(const Product<Bf16>& p, int row, bool is_tall, bool fetches, int panel) {
   const Bf16* a = p.a + long(row) * p.lda;
   float* c = p.c + long(row) * p.ldc + panel * kPanel;
   float* const low = c + 16l * p.ldc;
@@ -163,7 +175,9 @@ inline void multiply_tiles(const Product<Bf16>& p, int row, bool is_tall, int pa
   long k = 0;
   for (int block = 0; block < p.num_blocks; block++) {
     const Bf16* b = p.panels[long(block) * p.num_panels + panel];
+    const Bf16* const next = fetches ? p.next[long(block) * p.num_panels + panel] : nullptr;
     for (int step = 0; step < p.num_steps; step += 16, k += 32, b += 16 * kPanel * 2) {
+      if (fetches) prefetch(next + long(step) * kPanel * 2, 16 * kStepBytes<Bf16>);
       TILE_LOAD(6, b, kStepBytes<Bf16>);
       TILE_LOAD(7, b + kPanel, kStepBytes<Bf16>);
       TILE_LOAD(4, a + k, a_stride);
@@ -187,7 +201,10 @@ inline void multiply_tiles(const Product<Bf16>& p, int row, bool is_tall, int pa
 template <>
 inline void multiply<Bf16>(const Product<Bf16>& p, int num_rows) {
   for (int panel = 0; panel < p.num_panels; panel++)
-    for (int row = 0; row < num_rows; row += 32) multiply_tiles(p, row, num_rows - row > 16, panel);
+    for (int row = 0; row < num_rows; row += 32) {
+      const bool is_last = row + 32 >= num_rows;
+      multiply_tiles(p, row, num_rows - row > 16, is_last && p.next != nullptr, panel);
+    }
 }
 
 #endif

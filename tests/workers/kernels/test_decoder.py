@@ -284,3 +284,24 @@ def test_what_others_left_in_a_page_is_gone(library: Library, load: Load, dtype:
     assert logits_of(model, Stream(kv, seed=1), [{"bad": [5] * 128}])["bad"].isnan().all()
     assert torch.equal(logits_of(model, Stream(kv), [{"it": tokens}])["it"], fresh)
     assert fresh.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [("token_ids", VOCAB_SIZE, "token id"), ("positions", 10**6, "position"), ("slots", -1, "slot")],
+)
+def test_an_index_out_of_bounds_is_refused_and_costs_nothing(
+    generic: Library, load: Load, field: str, value: int, complaint: str
+) -> None:
+    """A step that names what is not there raises; the next one is as if it had not been."""
+    decoder = load("llama", torch.float32)
+    kv = kv_shape(decoder)
+    model, untouched = native_model(generic, decoder, kv), native_model(generic, decoder, kv)
+    good, bad = (Stream(kv).batch({"a": [1, 2, 3]}) for _ in range(2))
+    getattr(bad, field)[1] = value
+    with pytest.raises(RuntimeError, match=f"{complaint} {value}"):
+        model.forward(bad, with_logits=True)
+    logits = [one.forward(good, with_logits=True).logits for one in (model, untouched)]
+    assert logits[0] is not None
+    assert logits[1] is not None
+    assert torch.equal(logits[0], logits[1])
