@@ -1,6 +1,6 @@
 """Headwater's whole cluster: a client of this process, gRPC, the router, a session, and the worker with the engine.
 
-Client, router and worker share the cores that an engine alone has. Options: a part of the configuration tree's `worker`.
+Client, router and worker share the cores that an engine alone has. Options: a part of the tree below `worker`.
 """
 
 from __future__ import annotations

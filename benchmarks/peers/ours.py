@@ -69,7 +69,8 @@ class Ours:
         with self._changed:
             for delta in (delta for frame in frames for delta in frame.deltas):
                 self._take(delta)
-            self._changed.notify()
+            if not self._num_open:  # a thread woken at every step would take its time from the engine
+                self._changed.notify()
 
     def _take(self, delta: Delta | Failure) -> None:
         if isinstance(delta, Failure):

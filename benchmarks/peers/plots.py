@@ -34,9 +34,15 @@ def draw(found: Sequence[Cell], works: Mapping[str, Work], folder: Path, title: 
     written = []
     for name, label, shared in (("prefix", "shared prefix, tokens", True), ("batch", "sequences", False)):
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        for arm, line in lines(found, works, shared=shared).items():
+        drawn = lines(found, works, shared=shared)
+        for arm, line in drawn.items():
             axes.plot(*zip(*line, strict=True), marker="o", label=arm)
         axes.set(title=title, xlabel=label, ylabel="decoded tokens/s", xscale="log", yscale="log")
+        ticks = sorted({at for line in drawn.values() for at, _ in line})
+        axes.set_xticks(ticks, labels=[f"{at:,}" for at in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
         axes.legend()
         axes.grid(alpha=0.3)
         written.append(folder / f"{title.replace(' ', '-')}-{name}.png")

@@ -76,11 +76,14 @@ struct Cut {
   int num_column_units() const { return (num_columns + columns_per_unit - 1) / columns_per_unit; }
   int num_units() const { return num_row_units() * num_column_units(); }
 
+  // Units of the same columns follow one another: weights that no cache holds are read once for all rows.
+  int column_unit(int i) const { return i / num_row_units(); }
+
   struct Unit {
     int row, end_row, column, end_column;
   };
   Unit unit(int i) const {
-    const int row = i / num_column_units() * rows_per_unit, column = i % num_column_units() * columns_per_unit;
+    const int row = i % num_row_units() * rows_per_unit, column = column_unit(i) * columns_per_unit;
     return {row, std::min(row + rows_per_unit, num_rows), column, std::min(column + columns_per_unit, num_columns)};
   }
 };
@@ -545,7 +548,7 @@ class Decoder {
   void predict(int, int unit_index, int thread) {
     const Cut whole = cut(head_, step_->num_logit_rows);
     const Cut::Unit unit = whole.unit(unit_index);
-    Best* best = best_.data() + long(unit_index % whole.num_column_units()) * step_->num_logit_rows;
+    Best* best = best_.data() + long(whole.column_unit(unit_index)) * step_->num_logit_rows;
     for (int row = unit.row; row < unit.end_row; row++) best[row] = {-INFINITY, 0};
     product(input_.data(), input_stride(), head_, unit, thread, [&](int row, int panel, float* sums) {
       const int first = panel * kPanel, size = std::min(kPanel, shape_.vocab_size - first);
