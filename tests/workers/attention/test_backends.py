@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from workers.attention.reference import ReferenceAttention
 from workers.attention.softmax import attend_by_matmul, attend_with_lse
 from workers.attention.torch_backend import TorchAttention
 from workers.kernels.attention import NativeAttention
-from workers.kernels.build import build
+from workers.kernels.build import COMPILERS, build
 from workers.kernels.library import PAGE_MULTIPLE, Library
 from workers.kernels.variants import VARIANTS, Variant, cpu_features
 
@@ -43,7 +44,8 @@ def make_native(variant: Variant) -> Callable[[KVShape, torch.dtype], AttentionB
     return lambda shape, dtype: NativeAttention(Library(build(variant), variant), shape, dtype=dtype, threads=2)
 
 
-NATIVE = [variant for variant in (*VARIANTS, AMX_EMULATED) if variant.runs_on(cpu_features())]
+HAS_COMPILER = any(map(shutil.which, COMPILERS))
+NATIVE = [variant for variant in (*VARIANTS, AMX_EMULATED) if HAS_COMPILER and variant.runs_on(cpu_features())]
 BACKENDS = {
     "torch-float32": BackendCase(make_torch, torch.float32, PAGE_SIZE),
     "torch-bfloat16": BackendCase(make_torch, torch.bfloat16, PAGE_SIZE),
