@@ -24,7 +24,7 @@ def calibrated_cost(decoder: NativeDecoder, kv: KVShape) -> FittedCost:
 
 
 class _Rehearsal:
-    """Steps of segments over pages taken in turn, so that keys come from memory as often as they would."""
+    """Steps of segments over pages taken in turn. Pages that were never written cost no memory traffic."""
 
     def __init__(self, decoder: NativeDecoder, kv: KVShape) -> None:
         self._decoder = decoder

@@ -1,6 +1,6 @@
 """A built library of kernels: its functions with their types, and the structures that cross the border.
 
-The structures repeat those of segments.h, attention.h and decoder.h field by field.
+The structures repeat those of segments.h, attention.h, decoder.h and step.h field by field.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DecoderShape(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """decoder.h"""
+    """step.h"""
 
     _fields_ = [
         ("num_rows", c_int),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.workers.attention.script import PAGE_SIZE, Draft, Grown, Script, batch
-from tests.workers.kernels.conftest import AMX_EMULATED
+from tests.workers.kernels.emulated import AMX_EMULATED
 from workers.attention.protocol import MAX_TREE_ROWS, AttentionBackend, KVShape, Segment, SegmentKind, StepBatch
 from workers.attention.reference import ReferenceAttention
 from workers.attention.softmax import attend_by_matmul, attend_with_lse

@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.workers.kernels.emulated import AMX_EMULATED
 from workers.kernels.build import COMPILERS, build
 from workers.kernels.library import Library
-from workers.kernels.variants import AMX, AVX512_BF16, GENERIC, VARIANTS, Variant, cpu_features
-
-AMX_EMULATED = Variant(
-    "amx_emulated",
-    (*(flag for flag in AMX.flags if not flag.startswith("-mamx")), "-DHEADWATER_AMX_EMULATED"),
-    AVX512_BF16.needs,
-)
+from workers.kernels.variants import GENERIC, VARIANTS, Variant, cpu_features
 
 
 @pytest.fixture(scope="session")
