@@ -72,7 +72,7 @@ class SharingSection(Section):
         default="planned", description="planned: where it pays; never; root: the first level only; all: every level."
     )
     deterministic: bool = Field(
-        default=False, description="The same bits whatever runs beside a request; never shares."
+        default=False, description="The same bits whatever runs beside a request (native kernels); never shares."
     )
 
     @model_validator(mode="after")
