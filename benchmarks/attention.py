@@ -190,7 +190,7 @@ class Decoding:
         output, attend_s = self._attend(batch, inputs)
         restored = torch.empty_like(output)
         restored[list(grouping.order)] = output
-        return Step(restored, batch.segments, planned_s - begin_s, attend_s)
+        return Step(restored, tuple(batch.segments), planned_s - begin_s, attend_s)
 
     def _attend(self, batch: StepBatch, inputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
         """The last layer's output, and the seconds of begin and of all layers."""

@@ -10,7 +10,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from protos.convert import logprobs_to_proto, output_to_proto
 from protos.errors import EngineFailure, HeadwaterError
@@ -211,8 +210,7 @@ def coalesce(deltas: Sequence[Delta]) -> list[pb.OutputDelta]:
 def _joined(deltas: Sequence[Delta]) -> Delta:
     if len(deltas) == 1:
         return deltas[0]
-    return replace(
-        deltas[-1],  # a finish is on the last
+    return deltas[-1]._replace(  # a finish is on the last
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(position for delta in deltas for position in delta.logprobs),

@@ -10,9 +10,10 @@ import heapq
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -20,16 +21,16 @@ from protos.errors import DeadlineExceeded, Draining, EngineFailure, HeadwaterEr
 from protos.messages import Delta, Failure, Load, Request, TokenDelta
 from workers.engine.protocol import Engine, EngineStats, StepResult
 from workers.metrics import WorkerMetrics
-from workers.text import OutputText, to_delta
+from workers.text import OutputText, TokenTexts, to_delta
 
 log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine is taken for broken
+STATS_AGE_S = 0.1  # far less than between two scrapes
 ENDED_DEADLINES = 1024  # deadlines of ended requests kept before they are cleared out
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """What one step gave the requests of one session. Engine thread to event loop."""
 
     session: int
@@ -67,12 +68,16 @@ class _Live:
 
 @dataclass(slots=True)
 class _Outgoing:
-    """What one step has to say, by session."""
+    """What one step has to say."""
 
-    by_session: defaultdict[int, list[Delta | Failure]] = field(default_factory=lambda: defaultdict(list))
+    by_session: dict[int, list[Delta | Failure]] = field(default_factory=dict)
+    waits: dict[float, int] = field(default_factory=dict)  # number of tokens, by seconds since the one before
 
     def add(self, session: int, delta: Delta | Failure) -> None:
-        self.by_session[session].append(delta)
+        deltas = self.by_session.get(session)
+        if deltas is None:
+            deltas = self.by_session[session] = []
+        deltas.append(delta)
 
 
 class EngineLoop:
@@ -88,7 +93,7 @@ class EngineLoop:
         stall_s: float,
     ) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._metrics = metrics
         self._deliver = deliver
         self._stall_s = stall_s
@@ -98,6 +103,7 @@ class EngineLoop:
         self._deadlines: list[tuple[float, str]] = []
         self._load = engine.load()
         self._stats = engine.stats()
+        self._stats_taken = time.monotonic()
         self._step_began: float | None = None
         self._num_steps = 0
         self._num_failed_steps = 0
@@ -111,11 +117,11 @@ class EngineLoop:
     @property
     def load(self) -> Load:
         """The load after the last step."""
-        return replace(self._load, draining=self._draining)
+        return self._load._replace(draining=True) if self._draining else self._load
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's totals after the last step."""
+        """The engine's totals after the last step, or while it is busy, after one in the last STATS_AGE_S seconds."""
         return self._stats
 
     @property
@@ -169,11 +175,18 @@ class EngineLoop:
                 self._take_commands(outgoing)
                 self._expire(outgoing)
                 self._step(outgoing)
-                self._load, self._stats = self._engine.load(), self._engine.stats()
+                self._look()
             except Exception as error:
                 log.exception("the engine loop failed")
                 self._break(f"the engine failed: {error}", outgoing)
             self._send(outgoing)
+
+    def _look(self) -> None:
+        """Note the engine's state: the load for the step's frames, and its totals if they have grown old."""
+        self._load = self._engine.load()
+        now = time.monotonic()
+        if not self._live or now - self._stats_taken > STATS_AGE_S:
+            self._stats, self._stats_taken = self._engine.stats(), now
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -205,7 +218,7 @@ class EngineLoop:
             return
         resumed = {point.index: point.token_ids for point in request.resume}
         outputs = {
-            index: OutputText(self._tokenizer, request.sampling, resumed.get(index, ()))
+            index: OutputText(self._texts, request.sampling, resumed.get(index, ()))
             for index in range(request.sampling.n)
             if not any(point.index == index and point.finished for point in request.resume)
         }
@@ -244,6 +257,8 @@ class EngineLoop:
                 live.started = began
         for delta in result.deltas:
             self._emit(delta, now, outgoing)
+        for seconds, num_tokens in outgoing.waits.items():
+            self._metrics.next_tokens(seconds, num_tokens)
         self._fail(result, outgoing)
 
     def _emit(self, token_delta: TokenDelta, now: float, outgoing: _Outgoing) -> None:
@@ -253,7 +268,7 @@ class EngineLoop:
             return  # ended by a stop string while the engine was a step ahead
         delta = to_delta(token_delta, output, request_id=live.request_id)
         if delta.token_ids:
-            self._time_tokens(live, len(delta.token_ids), now)
+            self._time_tokens(live, len(delta.token_ids), now, outgoing)
         outgoing.add(live.session, delta)
         if delta.finish is None:
             return
@@ -264,12 +279,13 @@ class EngineLoop:
             del self._live[token_delta.request_id]
         self._observe_finish(live, delta, now)
 
-    def _time_tokens(self, live: _Live, num_tokens: int, now: float) -> None:
-        if live.first_token is None:
+    def _time_tokens(self, live: _Live, num_tokens: int, now: float, outgoing: _Outgoing) -> None:
+        if live.last_token is None:
             live.first_token = now
             self._metrics.first_token(now - live.arrived)
-        elif live.last_token is not None:
-            self._metrics.next_tokens(now - live.last_token, num_tokens)
+        else:
+            seconds = (now - live.last_token) / num_tokens
+            outgoing.waits[seconds] = outgoing.waits.get(seconds, 0) + num_tokens
         live.last_token = now
         live.num_tokens += num_tokens
 

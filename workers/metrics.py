@@ -80,8 +80,8 @@ class WorkerMetrics:
         self._ttft.observe(seconds)
 
     def next_tokens(self, seconds: float, num_tokens: int) -> None:
-        """`num_tokens` tokens came `seconds` after those before them."""
-        self._itl.observe(seconds / num_tokens, num_tokens)
+        """`num_tokens` tokens came, each `seconds` after one before it."""
+        self._itl.observe(seconds, num_tokens)
 
     def output_finished(self, reason: FinishReason) -> None:
         self._finished.labels(**self._labels, finished_reason=reason).inc()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from protos.messages import Delta, Finish, Sampling, TokenDelta
 
@@ -26,11 +26,30 @@ class Piece:
     stop: str | None = None
 
 
+class TokenTexts:
+    """By token id: its text, if that is the same wherever whole characters stand before it; else None.
+
+    Only of tokenizers whose tokens are bytes: with others, a token's text depends on its neighbours. Never changes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        size = tokenizer.get_vocab_size() if isinstance(tokenizer.decoder, ByteLevel) else 0
+        texts = tokenizer.decode_batch([[token_id] for token_id in range(size)], skip_special_tokens=True)
+        self._texts = [None if text.endswith("\ufffd") else text for text in texts]  # it may lack bytes
+
+    def get(self, token_id: int) -> str | None:
+        return self._texts[token_id] if token_id < len(self._texts) else None
+
+
 class OutputText:
     """The text of one output. Mutated only by EngineLoop."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, resumed: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    __slots__ = ("_held", "_min_tokens", "_num_tokens", "_pending", "_stops", "_stream", "_texts", "_tokenizer")
+
+    def __init__(self, texts: TokenTexts, sampling: Sampling, resumed: Sequence[int] = ()) -> None:
+        self._texts = texts
+        self._tokenizer = texts.tokenizer
         self._stops = sampling.stop
         self._min_tokens = sampling.min_tokens
         self._stream = DecodeStream(skip_special_tokens=True)
@@ -41,7 +60,10 @@ class OutputText:
 
     def add(self, token_id: int) -> str | None:
         """The text one more token makes certain; None, and nothing is fed, if stop strings have to be looked for."""
-        return None if self._stops else self._decode(token_id)
+        if self._stops:
+            return None
+        certain = None if self._pending else self._texts.get(token_id)
+        return self._decode(token_id) if certain is None else certain
 
     def feed(self, token_ids: Sequence[int]) -> Piece:
         """Add tokens; returns the text that is now certain."""
@@ -61,6 +83,8 @@ class OutputText:
         return rest
 
     def _decode(self, token_id: int) -> str:
+        if not self._pending and (text := self._texts.get(token_id)) is not None:
+            return text
         text = self._stream.step(self._tokenizer, token_id)
         if text is not None:
             if self._pending:

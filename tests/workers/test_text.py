@@ -1,17 +1,21 @@
 """Text from tokens: whole characters, nothing of a stop string, the same however it is cut."""
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream, Metaspace
+from tokenizers.models import WordLevel
 
 from protos.messages import Finish, Sampling, TokenDelta
-from workers.text import MAX_PENDING, OutputText, to_delta
+from workers.text import MAX_PENDING, OutputText, TokenTexts, to_delta
 
 TEXTS = ["naïve café 中文 😀👨‍👩‍👧 done", "def f(x):\n    return '�é'\n", "  \t\n\n  x"]
 
 
 def output(tokenizer: Tokenizer, *stop: str, min_tokens: int = 0) -> OutputText:
-    return OutputText(tokenizer, Sampling(seed=0, max_tokens=99, stop=stop, min_tokens=min_tokens))
+    return OutputText(TokenTexts(tokenizer), Sampling(seed=0, max_tokens=99, stop=stop, min_tokens=min_tokens))
 
 
 def test_text_is_exact_and_never_half_a_character(tokenizer: Tokenizer) -> None:
@@ -95,7 +99,7 @@ def test_a_resumed_output_knows_what_was_emitted(tokenizer: Tokenizer, text: str
     first = before.feed(ids[:cut])
     if first.stop:
         return
-    resumed = OutputText(tokenizer, Sampling(seed=0, max_tokens=99, stop=("<>",)), ids[:cut])
+    resumed = OutputText(TokenTexts(tokenizer), Sampling(seed=0, max_tokens=99, stop=("<>",)), ids[:cut])
     assert resumed.feed(ids[cut:]) == before.feed(ids[cut:])
     assert resumed.flush() == before.flush()
 
@@ -126,3 +130,21 @@ def test_a_stop_string_cuts_tokens_and_ends_the_output(tokenizer: Tokenizer) -> 
     assert made.text == "one "
     assert made.finish == Finish("stop", stop="two")
     assert len(made.token_ids) < len(ids)
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None)
+def test_known_texts_of_tokens_change_nothing(tokenizer: Tokenizer, seed: int) -> None:
+    pick = random.Random(seed)
+    bytes_alone = [tokenizer.token_to_id(char) for char in "ÃâðĺĢ©"]  # parts of characters, in the byte alphabet
+    some = [token_id for token_id in bytes_alone if token_id is not None]
+    ids = [pick.choice([*some, pick.randrange(tokenizer.get_vocab_size() + 3)]) for _ in range(MAX_PENDING - 1)]
+    stream, plain = output(tokenizer), DecodeStream(skip_special_tokens=True)
+    assert [stream.feed([token_id]).text for token_id in ids] == [plain.step(tokenizer, i) or "" for i in ids]
+
+
+def test_tokens_that_depend_on_their_neighbours_have_no_text_of_their_own() -> None:
+    words = Tokenizer(WordLevel({"▁one": 0, "▁two": 1}, unk_token="▁one"))
+    words.decoder = Metaspace()  # type: ignore[assignment]
+    assert TokenTexts(words).get(0) is None
+    assert output(words).feed([0, 1, 1]).text == "one two two"

@@ -7,7 +7,7 @@ their layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -69,12 +69,15 @@ def check_segment(segment: Segment, page_size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step's flat stream: the rows of all sequences one after another, without padding."""
+    """One step's flat stream: the rows of all sequences one after another, without padding.
+
+    Its maker may move it on for the step after, so it is read only until its own step has been computed.
+    """
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, restarted per sequence
     slots: Tensor  # [tokens] int64, page * page_size + offset where the row's key and value go
-    segments: tuple[Segment, ...]
+    segments: Collection[Segment]  # in an order that does not change
     logit_rows: Tensor  # [rows] int64, the rows whose logits are wanted
 
 

@@ -6,14 +6,13 @@ text: tokens in, tokens out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from protos.messages import Failure, Load, ModelInfo, Request, TokenDelta
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(NamedTuple):
     """Running totals since the engine started, and the state of now."""
 
     num_steps: int = 0
@@ -35,11 +34,10 @@ class EngineStats:
     page_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What one step produced."""
 
-    deltas: tuple[TokenDelta, ...] = ()
+    deltas: Sequence[TokenDelta] = ()
     failures: tuple[Failure, ...] = ()
     started: tuple[str, ...] = ()  # requests with an output that ran for the first time
     num_tokens: int = 0  # rows computed in this step

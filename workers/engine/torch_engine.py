@@ -63,9 +63,10 @@ class TorchEngine:
         except (RuntimeError, MemoryError) as error:
             log.exception("a step of %d tokens failed", plan.num_tokens)
             return StepResult(failures=self._fail(self._scheduler.rollback(plan), error))
+        started = dict.fromkeys([sequence.request.request_id for sequence in plan.started])
         return StepResult(
-            deltas=tuple(self._scheduler.commit(plan, results)),
-            started=tuple(dict.fromkeys(s.request.request_id for s in plan.started)),
+            deltas=self._scheduler.commit(plan, results),
+            started=tuple(started),
             num_tokens=plan.num_tokens,
             num_sequences=len(plan.chunks),
         )
@@ -96,7 +97,7 @@ class TorchEngine:
         )
 
     def check(self) -> None:
-        """The invariants of scheduler and cache; for tests."""
+        """The invariants of scheduler and cache, between steps; for tests."""
         self._scheduler.check()
 
     def close(self) -> None:

@@ -61,20 +61,22 @@ inline bool allow_tiles() {
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-// Before every use: other libraries in the process configure and release the tiles of a thread as they please.
-inline void configure_tiles() {
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t num_rows[16];
-  } config = {};
-  config.palette = 1;
-  for (int tile = 0; tile < 8; tile++) {
-    config.row_bytes[tile] = 64;
-    config.num_rows[tile] = 16;
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t num_rows[16] = {};
+
+  constexpr TileConfig() {
+    for (int tile = 0; tile < 8; tile++) {
+      row_bytes[tile] = 64;
+      num_rows[tile] = 16;
+    }
   }
-  _tile_loadconfig(&config);
-}
+};
+inline constexpr TileConfig kTileConfig;  // in memory for good: the compiler sees only its first bytes being used
+
+// Before every use: other libraries in the process configure and release the tiles of a thread as they please.
+inline void configure_tiles() { _tile_loadconfig(&kTileConfig); }
 
 }  // namespace headwater
 

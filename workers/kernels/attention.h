@@ -37,7 +37,9 @@ class KVStore {
   explicit KVStore(const AttentionShape& shape)
       : shape_(shape),
         half_(long(shape.page_size) * shape.padded_dim()),
-        data_(size_t(shape.num_layers) * shape.num_pages * shape.num_kv_heads * half_ * 2) {}
+        data_(size_t(shape.num_layers) * shape.num_pages * shape.num_kv_heads * half_ * 2) {
+    data_.populate();
+  }
 
   const T* keys(int layer, int page, int head) const { return data_.data() + offset(layer, page, head); }
   const T* values(int layer, int page, int head) const { return keys(layer, page, head) + half_; }
@@ -46,37 +48,41 @@ class KVStore {
   void write_key(int layer, long slot, int head, const T* key) {
     constexpr int depth = Element<T>::kDepth;
     const int place = int(slot % shape_.page_size);
-    T* to = data_.data() + offset(layer, int(slot / shape_.page_size), head) +
-            long(place / kPanel) * kPanel * shape_.padded_dim() + place % kPanel * depth;
-    for (int d = 0; d < shape_.head_dim; d += depth, to += kPanel * depth) memcpy(to, key + d, depth * sizeof(T));
+    T* const panel = data_.data() + offset(layer, int(slot / shape_.page_size), head) +
+                     long(place / kPanel) * kPanel * shape_.padded_dim();
+    for (int d = 0; d < shape_.head_dim; d += depth)
+      memcpy(panel + place_in_panel<T>(d / depth, place % kPanel), key + d, depth * sizeof(T));
   }
 
   void write_value(int layer, long slot, int head, const T* value) {
     constexpr int depth = Element<T>::kDepth;
     const int place = int(slot % shape_.page_size);
-    T* panel = data_.data() + offset(layer, int(slot / shape_.page_size), head) + half_ +
-               place / depth * kPanel * depth + place % depth;
+    T* panel = data_.data() + offset(layer, int(slot / shape_.page_size), head) + half_ + place % depth;
     for (int d = 0; d < shape_.head_dim; d += kPanel, panel += long(kPanel) * shape_.page_size)
-      for (int i = 0; i < std::min(kPanel, shape_.head_dim - d); i++) panel[i * depth] = value[d + i];
+      for (int i = 0; i < std::min(kPanel, shape_.head_dim - d); i++)
+        panel[place_in_panel<T>(place / depth, i)] = value[d + i];
   }
 
   // Before a page's first key and value are written: what others left in it must not reach a product, not even
   // with a weight of zero, for it may be no number.
   void clear_page_before(int layer, long slot) {
     if (slot % shape_.page_size != 0) return;
-    T* const page = data_.data() + offset(layer, int(slot / shape_.page_size), 0);
-    memset(static_cast<void*>(page), 0, half_ * 2 * shape_.num_kv_heads * sizeof(T));
+    for (int head = 0; head < shape_.num_kv_heads; head++)
+      memset(static_cast<void*>(page(layer, int(slot / shape_.page_size), head)), 0, half_ * 2 * sizeof(T));
   }
 
   void copy_page(int source, int target) {
-    const long size = half_ * 2 * shape_.num_kv_heads;
     for (int layer = 0; layer < shape_.num_layers; layer++)
-      memcpy(data_.data() + offset(layer, target, 0), data_.data() + offset(layer, source, 0), size * sizeof(T));
+      for (int head = 0; head < shape_.num_kv_heads; head++)
+        memcpy(page(layer, target, head), page(layer, source, head), half_ * 2 * sizeof(T));
   }
 
  private:
+  T* page(int layer, int page, int head) { return data_.data() + offset(layer, page, head); }
+
+  // A head's pages follow one another: those that were handed out together are read as one stream.
   long offset(int layer, int page, int head) const {
-    return ((long(layer) * shape_.num_pages + page) * shape_.num_kv_heads + head) * half_ * 2;
+    return ((long(layer) * shape_.num_kv_heads + head) * shape_.num_pages + page) * half_ * 2;
   }
 
   AttentionShape shape_;
@@ -84,18 +90,27 @@ class KVStore {
   Buffer<T> data_;
 };
 
-// The softmax of one row, as far as it has come.
+// The softmax of one row, as far as it has come: sum = sum of 2^(score - base).
+//
+// The base need not be the highest score, only so near that nothing overflows; it is raised when a score exceeds it by
+// more than kSlack. (FlashAttention-4 defers rescaling likewise.)
 struct Running {
-  float highest = kLowest;
+  static constexpr float kUnseen = kLowest / 2;  // below any score of a key, above that of a hidden one
+  static constexpr float kSlack = 32;
+
+  float base = kUnseen;
   float sum = 0;
 };
 
 template <class T>
 class Attention {
  public:
-  static constexpr int kChunk = 128;  // keys between two updates of the running maximum, or one page if that is more
+  // Keys that are scored before they are weighed, or one page if that is more. Scores, weights, sums, keys and values of
+  // a chunk share the first-level cache.
+  static constexpr int kChunk = kHasTiles<T> ? 64 : 128;
   static constexpr int kSplitKeys = 2048;  // of one tile, rounded up to whole chunks
   static constexpr int kSpareRows = 32;  // AMX reads and writes whole tiles
+  static constexpr int kTileBlock = 32;  // queries that go through a chunk together where there are tiles
   static constexpr int kMergedRows = 8;  // per unit
   static constexpr long kSmallTile = 4096;  // rows times keys
   static constexpr int kTilesPerThread = 4;
@@ -156,6 +171,52 @@ class Attention {
     int first_head, end_head;
   };
 
+  // Some keys of a tile, for one head.
+  struct Chunk {
+    int layer, head;
+    int key;  // the first, relative to the segment's
+    bool is_first;
+    Pages pages;
+    int next_head;  // what comes after: to be fetched meanwhile
+    Pages next;
+  };
+
+  // Fetches the next chunk, a few lines at a time: more would wait for one another. With many queries it is done beside
+  // the weighing, which takes longest; with few, beside the tiles.
+  class Fetch {
+   public:
+    Fetch(const Attention& a, const Chunk& chunk, bool is_tall)
+        : attention_(a), chunk_(chunk), is_tall_(is_tall), pages_left_(chunk.next.count) {}
+
+    void beside_tiles() {
+      if (!is_tall_) run<32>();
+    }
+    void beside_weights() {
+      if (is_tall_) run<4>();
+    }
+
+   private:
+    template <int kLines>
+    void run() {
+      if (line_ == end_ && !turn_page()) return;
+      for (int i = 0; i < kLines; i++, line_ += 64) prefetch(line_, 64);
+    }
+
+    bool turn_page() {
+      if (pages_left_ == 0) return false;
+      const int page = chunk_.next.first[chunk_.next.count - pages_left_--];
+      line_ = reinterpret_cast<const char*>(attention_.store_.keys(chunk_.layer, page, chunk_.next_head));
+      end_ = line_ + long(attention_.page_lines()) * 64;
+      return true;
+    }
+
+    const Attention& attention_;
+    const Chunk& chunk_;
+    const bool is_tall_;
+    int pages_left_;
+    const char *line_ = nullptr, *end_ = nullptr;
+  };
+
   struct Scratch {
     Buffer<float> scores;  // [queries][chunk]
     Buffer<T> weights;     // [queries][chunk]
@@ -178,6 +239,19 @@ class Attention {
           limit(a.max_queries()),
           mask(a.max_queries()) {}
   };
+
+  // Of one head's keys and values in a page: cache lines.
+  int page_lines() const { return shape_.page_size * shape_.padded_dim() * 2 * int(sizeof(T)) / 64; }
+
+  void multiply(const Product<T>& product, int num_rows, Fetch& fetch) const {
+#if defined(HEADWATER_AMX)
+    if constexpr (kHasTiles<T>) {
+      auto meanwhile = [&](const T*) { fetch.beside_tiles(); };
+      return multiply_tiles(product, num_rows, meanwhile);
+    }
+#endif
+    headwater::multiply(product, num_rows);
+  }
 
   int max_queries() const { return std::max(Tiles::kQueries, shape_.group()); }
 
@@ -224,14 +298,25 @@ class Attention {
     const Segment& segment = segments_[tile.segment];
     const int begin = find_visible(segment, window, tile, scratch);
     for (int key = begin; key < tile.end_key; key += chunk_) {
-      const Pages pages = pages_at(segment, tile, key);
       const bool is_last = key + chunk_ >= tile.end_key;
-      const Pages next = is_last ? (has_next ? pages_at(segment, tile, begin) : Pages{}) : pages_at(segment, tile, key + chunk_);
-      score(layer, head, pages, queries(head, tile.row), num_queries, scratch);
-      weigh_all(num_queries, key, pages.count * shape_.page_size, key == begin, scratch);
-      add_values(layer, head, pages, is_last ? head + 1 : head, next, num_queries, key == begin, scratch);
+      Chunk chunk{layer, head, key, key == begin, pages_at(segment, tile, key), is_last ? head + 1 : head, {}};
+      if (!is_last) chunk.next = pages_at(segment, tile, key + chunk_);
+      if (is_last && has_next) chunk.next = pages_at(segment, tile, begin);
+      run_chunk(chunk, queries(head, tile.row), num_queries, scratch);
     }
     return begin < tile.end_key;
+  }
+
+  // Tiles take a block of queries through the whole chunk, so that its scores stay in the first-level cache.
+  void run_chunk(const Chunk& chunk, const T* queries, int num_queries, Scratch& scratch) const {
+    const int block = kHasTiles<T> ? kTileBlock : num_queries;
+    Fetch fetch(*this, chunk, num_queries > kTileBlock / 2);
+    for (int first = 0; first < num_queries; first += block) {
+      const int count = std::min(block, num_queries - first);
+      score(chunk, queries + long(first) * shape_.padded_dim(), count, fetch, scratch);
+      weigh_all(chunk, first, count, fetch, scratch);
+      add_values(chunk, first, count, fetch, scratch);
+    }
   }
 
   // The pages of a tile's chunk at `key`.
@@ -270,104 +355,124 @@ class Attention {
     return mask;
   }
 
-  // Scores of a chunk's keys. Meanwhile its values are fetched: a page has as many of them.
-  void score(int layer, int head, const Pages& pages, const T* queries, int num_queries, Scratch& scratch) const {
+  // Scores of a chunk's keys. Meanwhile, if wished, its values are fetched: a page has as many of them.
+  void score(const Chunk& chunk, const T* queries, int num_queries, Fetch& fetch, Scratch& scratch) const {
     const int per_page = shape_.page_size / kPanel;
     const long size = long(kPanel) * shape_.padded_dim();
-    for (int i = 0; i < pages.count; i++)
+    for (int i = 0; i < chunk.pages.count; i++)
       for (int j = 0; j < per_page; j++) {
-        scratch.panels[i * per_page + j] = store_.keys(layer, pages.first[i], head) + j * size;
-        scratch.next[i * per_page + j] = store_.values(layer, pages.first[i], head) + j * size;
+        scratch.panels[i * per_page + j] = store_.keys(chunk.layer, chunk.pages.first[i], chunk.head) + j * size;
+        scratch.next[i * per_page + j] = store_.values(chunk.layer, chunk.pages.first[i], chunk.head) + j * size;
       }
     Product<T> product;
     product.a = queries;
     product.lda = shape_.padded_dim();
     product.panels = scratch.panels.data();
-    product.num_panels = pages.count * per_page;
+    product.num_panels = chunk.pages.count * per_page;
     product.num_blocks = 1;
     product.num_steps = shape_.padded_dim() / Element<T>::kDepth;
     product.c = scratch.scores.data();
     product.ldc = chunk_;
     product.adds = false;
     product.next = scratch.next.data();
-    multiply(product, num_queries);
+    multiply(product, num_queries, fetch);
   }
 
-  // The chunk's values by their weights. Meanwhile the keys of the next pages are fetched.
-  void add_values(int layer, int head, const Pages& pages, int next_head, const Pages& next, int num_queries,
-                  bool is_first, Scratch& scratch) const {
+  // The chunk's values by their weights. Meanwhile, if wished, the keys of the next pages are fetched.
+  void add_values(const Chunk& chunk, int query, int num_queries, Fetch& fetch, Scratch& scratch) const {
     const int num_panels = shape_.padded_dim() / kPanel;
     const long size = long(kPanel) * shape_.page_size;
-    for (int i = 0; i < pages.count; i++)
+    for (int i = 0; i < chunk.pages.count; i++)
       for (int j = 0; j < num_panels; j++) {
-        const T* panel = store_.values(layer, pages.first[i], head) + j * size;
+        const T* panel = store_.values(chunk.layer, chunk.pages.first[i], chunk.head) + j * size;
         scratch.panels[i * num_panels + j] = panel;
         scratch.next[i * num_panels + j] =
-            i < next.count ? store_.keys(layer, next.first[i], next_head) + j * size : panel;
+            i < chunk.next.count ? store_.keys(chunk.layer, chunk.next.first[i], chunk.next_head) + j * size : panel;
       }
     Product<T> product;
     product.a = scratch.weights.data();
     product.lda = chunk_;
     product.panels = scratch.panels.data();
     product.num_panels = num_panels;
-    product.num_blocks = pages.count;
+    product.num_blocks = chunk.pages.count;
     product.num_steps = shape_.page_size / Element<T>::kDepth;
-    product.c = scratch.sums.data();
+    product.c = scratch.sums.data() + long(query) * shape_.padded_dim();
     product.ldc = shape_.padded_dim();
-    product.adds = !is_first;
-    product.next = next.count > 0 ? scratch.next.data() : nullptr;
-    multiply(product, num_queries);
+    product.adds = !chunk.is_first;
+    product.next = chunk.next.count > 0 ? scratch.next.data() : nullptr;
+    multiply(product, num_queries, fetch);
   }
 
-  // The scores of the chunk at `key` become weights, several queries at a time: their long chains of operations overlap.
-  void weigh_all(int num_queries, int key, int num_keys, bool is_first, Scratch& scratch) const {
-    for (int i = 0; i < num_queries; i++)
-      if (scratch.first[i] > key || scratch.limit[i] < key + num_keys) hide(i, key, num_keys, scratch);
+  // The scores of a block of queries become weights, several queries at a time: their long chains of operations overlap.
+  void weigh_all(const Chunk& chunk, int first, int count, Fetch& fetch, Scratch& scratch) const {
+    const int num_keys = chunk.pages.count * shape_.page_size;
+    for (int i = 0; i < count; i++)
+      if (scratch.first[first + i] > chunk.key || scratch.limit[first + i] < chunk.key + num_keys)
+        hide(first + i, i, chunk.key, num_keys, scratch);
     int i = 0;
-    for (; i + 4 <= num_queries; i += 4) weigh<4>(i, num_keys, is_first, scratch);
-    for (; i + 2 <= num_queries; i += 2) weigh<2>(i, num_keys, is_first, scratch);
-    for (; i < num_queries; i++) weigh<1>(i, num_keys, is_first, scratch);
+    for (; i + 4 <= count; i += 4) weigh<4>(first + i, i, num_keys, chunk.is_first, fetch, scratch);
+    for (; i < count; i++) weigh<1>(first + i, i, num_keys, chunk.is_first, fetch, scratch);
   }
 
+  // Queries whose scores begin at a row of the scratch: one pass, unless a base must be raised first.
   template <int kCount>
-  void weigh(int query, int num_keys, bool is_first, Scratch& scratch) const {
-    const float* scores = scratch.scores.data() + long(query) * chunk_;
-    T* weights = scratch.weights.data() + long(query) * chunk_;
-    Vec highest[kCount], base[kCount], sums[kCount];
-    for (int q = 0; q < kCount; q++) highest[q] = splat(scratch.running[query + q].highest);
-    for (int i = 0; i < num_keys; i += kLanes)
-      for (int q = 0; q < kCount; q++) highest[q] = maximum(highest[q], load(scores + long(q) * chunk_ + i));
+  void weigh(int query, int row, int num_keys, bool is_first, Fetch& fetch, Scratch& scratch) const {
+    if (is_first) raise<kCount>(query, row, num_keys, is_first, scratch);
+    if (add_weights<kCount>(query, row, num_keys, fetch, scratch)) return;
+    raise<kCount>(query, row, num_keys, is_first, scratch);
+    add_weights<kCount>(query, row, num_keys, fetch, scratch);
+  }
+
+  // False, and nothing added to the sums, where a score exceeds its base by too much.
+  template <int kCount>
+  bool add_weights(int query, int row, int num_keys, Fetch& fetch, Scratch& scratch) const {
+    const float* scores = scratch.scores.data() + long(row) * chunk_;
+    T* weights = scratch.weights.data() + long(row) * chunk_;
+    Vec base[kCount], highest[kCount], sums[kCount];
     for (int q = 0; q < kCount; q++) {
-      base[q] = splat(max_of(highest[q]));
+      base[q] = splat(scratch.running[query + q].base);
+      highest[q] = base[q];
       sums[q] = Vec{};
     }
-    for (int i = 0; i < num_keys; i += kLanes)
+    for (int i = 0; i < num_keys; i += kLanes) {
+      fetch.beside_weights();
       for (int q = 0; q < kCount; q++) {
-        const Vec weight = exp2_of<Element<T>::kExpDegree>(load(scores + long(q) * chunk_ + i) - base[q]);
+        const Vec score = load(scores + long(q) * chunk_ + i);
+        const Vec weight = exp2_of<Element<T>::kExpDegree>(score - base[q]);
+        highest[q] = maximum(highest[q], score);
         sums[q] += weight;
         store_as(weights + long(q) * chunk_ + i, weight);
       }
-    for (int q = 0; q < kCount; q++) advance(query + q, base[q][0], sum_of(sums[q]), num_keys, is_first, scratch);
+    }
+    for (int q = 0; q < kCount; q++)
+      if (any_above(highest[q], base[q] + splat(Running::kSlack))) return false;
+    for (int q = 0; q < kCount; q++) scratch.running[query + q].sum += sum_of(sums[q]);
+    return true;
   }
 
-  // The running softmax of one query takes a chunk in, whose highest score so far and sum of weights are given.
-  void advance(int query, float highest, float sum, int num_keys, bool is_first, Scratch& scratch) const {
-    Running& running = scratch.running[query];
-    if (highest == kLowest) {  // it has seen no key yet: the weights are not what they seem
-      memset(static_cast<void*>(scratch.weights.data() + long(query) * chunk_), 0, num_keys * sizeof(T));
-      return;
+  // The bases that are too low become the highest scores so far, and what was summed up by them is brought in line. A
+  // query's base does not depend on those beside it.
+  template <int kCount>
+  void raise(int query, int row, int num_keys, bool is_first, Scratch& scratch) const {
+    const float* scores = scratch.scores.data() + long(row) * chunk_;
+    for (int q = 0; q < kCount; q++) {
+      Running& running = scratch.running[query + q];
+      Vec highest = splat(running.base);
+      for (int i = 0; i < num_keys; i += kLanes) highest = maximum(highest, load(scores + long(q) * chunk_ + i));
+      const float base = max_of(highest);
+      if (!is_first && base <= running.base + Running::kSlack) continue;
+      const float kept = running.sum > 0 ? exp2f(running.base - base) : 0.f;
+      running.base = base;
+      running.sum *= kept;
+      if (is_first) continue;
+      float* sums = scratch.sums.data() + long(query + q) * shape_.padded_dim();
+      for (int d = 0; d < shape_.padded_dim(); d += kLanes) store(sums + d, load(sums + d) * splat(kept));
     }
-    const float kept = highest == running.highest ? 1.f : exp2f(running.highest - highest);
-    running.sum = running.sum * kept + sum;
-    running.highest = highest;
-    if (is_first || kept == 1.f) return;
-    float* sums = scratch.sums.data() + long(query) * shape_.padded_dim();
-    for (int d = 0; d < shape_.padded_dim(); d += kLanes) store(sums + d, load(sums + d) * splat(kept));
   }
 
   // The scores of the keys that a query must not see become the lowest.
-  void hide(int query, int key, int num_keys, Scratch& scratch) const {
-    float* scores = scratch.scores.data() + long(query) * chunk_;
+  void hide(int query, int row, int key, int num_keys, Scratch& scratch) const {
+    float* scores = scratch.scores.data() + long(row) * chunk_;
     const int first = std::clamp(scratch.first[query] - key, 0, num_keys);
     const int limit = scratch.limit[query] - key;  // may be before or behind this chunk
     std::fill(scores, scores + first, kLowest);
@@ -394,15 +499,15 @@ class Attention {
 
   void merge_head(int row, int head, Scratch& scratch, T* to) {
     const int first = tiles_.first_part(row), end = first + tiles_.num_parts(row);
-    float highest = kLowest, sum = 0;
+    float base = Running::kUnseen, sum = 0;
     for (int slot = first; slot < end; slot++)
-      highest = std::max(highest, running_[long(slot) * shape_.num_heads + head].highest);
+      base = std::max(base, running_[long(slot) * shape_.num_heads + head].base);
     float* sums = scratch.sums.data();
     memset(sums, 0, shape_.padded_dim() * sizeof(float));
     for (int slot = first; slot < end; slot++) {
       const Running& running = running_[long(slot) * shape_.num_heads + head];
       if (running.sum == 0) continue;
-      const float weight = exp2f(running.highest - highest);
+      const float weight = exp2f(running.base - base);
       sum += running.sum * weight;
       const float* from = part(slot, head);
       for (int d = 0; d < shape_.padded_dim(); d += kLanes)

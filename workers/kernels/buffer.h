@@ -3,10 +3,13 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 namespace headwater {
 
@@ -27,13 +30,16 @@ class Buffer {
   void reserve(size_t size) {
     if (size <= size_) return;
     release();
-    void* memory = mmap(nullptr, size * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (size * sizeof(T) >= kHugePage) madvise(memory, size * sizeof(T), MADV_HUGEPAGE);
-#endif
-    data_ = static_cast<T*>(memory);
+    const size_t num_bytes = size * sizeof(T);
+    data_ = static_cast<T*>(num_bytes >= kHugePage ? map_huge(num_bytes) : map(num_bytes));
     size_ = size;
+  }
+
+  // Have the system find all the memory now: the first writes would wait for it, page by page.
+  void populate() {
+#if defined(MADV_POPULATE_WRITE)
+    if (size_ > 0) madvise(data_, length(), MADV_POPULATE_WRITE);  // where that is unknown, it comes with the writes
+#endif
   }
 
   T* data() { return data_; }
@@ -45,14 +51,62 @@ class Buffer {
  private:
   static constexpr size_t kHugePage = 2 << 20;
 
+  static void* map(size_t num_bytes) {
+    void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return memory;
+  }
+
+  // On whole large pages; what is mapped around them is given back.
+  static void* map_huge(size_t num_bytes) {
+    const size_t wanted = whole_pages(num_bytes);
+    char* const memory = static_cast<char*>(map(wanted + kHugePage));
+    const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(memory) % kHugePage) % kHugePage;
+    if (before > 0) munmap(memory, before);
+    if (before < kHugePage) munmap(memory + before + wanted, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+    madvise(memory + before, wanted, MADV_HUGEPAGE);
+#endif
+    return memory + before;
+  }
+
+  static size_t whole_pages(size_t num_bytes) { return (num_bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+  size_t length() const {  // of what is mapped
+    const size_t num_bytes = size_ * sizeof(T);
+    return num_bytes >= kHugePage ? whole_pages(num_bytes) : num_bytes;
+  }
+
   void release() {
-    if (data_ != nullptr) munmap(data_, size_ * sizeof(T));
+    if (data_ != nullptr) munmap(data_, length());
     data_ = nullptr;
     size_ = 0;
   }
 
   T* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Memory for arrays that live as long as it does: together they lie on large pages, which each alone would not fill.
+template <class T>
+class Arena {
+ public:
+  // Zeros.
+  T* take(size_t size) {
+    if (slabs_.empty() || used_ + size > slabs_.back().size()) {
+      slabs_.emplace_back(std::max(size, kSlabSize));
+      used_ = 0;
+    }
+    T* const taken = slabs_.back().data() + used_;
+    used_ += size;
+    return taken;
+  }
+
+ private:
+  static constexpr size_t kSlabSize = (32 << 20) / sizeof(T);
+
+  std::vector<Buffer<T>> slabs_;
+  size_t used_ = 0;  // of the last slab
 };
 
 }  // namespace headwater

@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "matrix.h"
 #include "step.h"
+#include "unit_product.h"
 
 namespace headwater {
 
@@ -30,13 +31,13 @@ class Decoder {
   Decoder(const DecoderShape& shape, int num_threads)
       : shape_(shape),
         attention_(shape.attention, num_threads),
-        head_(shape.vocab_size, shape.hidden_size),
+        head_(shape.vocab_size, shape.hidden_size, arena_),
         embedding_(size_t(shape.vocab_size) * shape.hidden_size),
         norm_(hidden_stride()),
         cos_(size_t(shape.max_context) * half_dim()),
         sin_(size_t(shape.max_context) * half_dim()),
         crew_(num_threads, shape.attention.num_layers * kPhasesPerLayer + kPhasesPerLayer) {
-    for (int i = 0; i < shape.attention.num_layers; i++) layers_.push_back(std::make_unique<Layer>(*this));
+    for (int i = 0; i < shape.attention.num_layers; i++) layers_.push_back(std::make_unique<Layer>(*this, arena_));
     for (int i = 0; i < num_threads; i++) scratch_.emplace_back(padded_dim());
   }
 
@@ -102,8 +103,6 @@ class Decoder {
   static constexpr int kPhasesPerLayer = 9;
   static constexpr int kRowsPerUnit = 16;  // of phases without products
   static constexpr int kSpareRows = 32;    // AMX reads whole tiles
-  static constexpr int kStreamedRows = 6;  // up to so many rows wait for memory alone, and the processor fetches best
-  static constexpr int kTogether = 4;      // panels that streamed rows take at once
   static constexpr int kSpareColumns = 32; // keeps rows from meeting in the same sets of a cache
 
   struct Layer {
@@ -111,11 +110,11 @@ class Decoder {
     Buffer<float> attention_norm, feed_forward_norm, query_norm, key_norm;
     int window = 0;
 
-    explicit Layer(const Decoder& d)
-        : qkv((d.num_heads() + 2 * d.num_kv_heads()) * d.padded_dim(), d.shape_.hidden_size),
-          output(d.shape_.hidden_size, d.num_heads() * d.head_dim()),
-          gate_up(2 * round_up(d.shape_.intermediate_size, kPanel / 2), d.shape_.hidden_size),
-          down(d.shape_.hidden_size, d.shape_.intermediate_size),
+    Layer(const Decoder& d, Arena<T>& arena)
+        : qkv((d.num_heads() + 2 * d.num_kv_heads()) * d.padded_dim(), d.shape_.hidden_size, arena),
+          output(d.shape_.hidden_size, d.num_heads() * d.head_dim(), arena),
+          gate_up(2 * round_up(d.shape_.intermediate_size, kPanel / 2), d.shape_.hidden_size, arena),
+          down(d.shape_.hidden_size, d.shape_.intermediate_size, arena),
           attention_norm(d.hidden_stride()),
           feed_forward_norm(d.hidden_stride()) {}
   };
@@ -125,8 +124,7 @@ class Decoder {
     Buffer<float> sums;  // [rows of a unit][columns]
     std::vector<T> head;
 
-    explicit Scratch(int padded_dim)
-        : sums(size_t(Cut::kMaxRows + kSpareRows) * std::max(padded_dim, kTogether * kPanel)), head(padded_dim) {}
+    explicit Scratch(int padded_dim) : sums(num_sums<T>(Cut::kMaxRows, padded_dim / kPanel)), head(padded_dim) {}
   };
 
   struct Best {
@@ -343,45 +341,17 @@ class Decoder {
 
   // Products
 
-  // The rows and panels [panel, end) of a unit, a few panels at a time: finish(row, panel, sums of 32 columns).
+  // finish(row, column, sums): see unit_product.h
   template <class Finish>
-  void product(const T* a, int lda, const Matrix<T>& matrix, const Cut::Unit& unit, int thread, Finish finish) {
-    const int num_rows = unit.end_row - unit.row;
-    const int together = num_rows <= kStreamedRows ? kTogether : 1;  // one panel stays in the first-level cache
-    Buffer<float>& sums = scratch_[thread].sums;
-    for (int panel = unit.column; panel < unit.end_column; panel += together) {
-      const int num_panels = std::min(together, unit.end_column - panel);
-      multiply_rows(a + long(unit.row) * lda, lda, matrix, panel, num_panels, num_rows, sums.data());
-      for (int row = 0; row < num_rows; row++)
-        for (int i = 0; i < num_panels; i++)
-          finish(unit.row + row, panel + i, sums.data() + long(row) * num_panels * kPanel + i * kPanel);
-    }
-  }
-
-  void multiply_rows(const T* a, int lda, const Matrix<T>& matrix, int panel, int num_panels, int num_rows,
-                     float* sums) const {
-    const T *panels[64], *next[64];
-    for (int i = 0; i < num_panels; i++) {
-      panels[i] = matrix.panel(panel + i);
-      next[i] = matrix.panel(panel + num_panels + i);  // only fetched, so it may lie behind the last
-    }
-    multiply(Product<T>{a, lda, panels, num_panels, 1, matrix.num_rows() / Element<T>::kDepth, sums,
-                        num_panels * kPanel, false, num_rows > kStreamedRows ? next : nullptr},
-             num_rows);
+  void product(const Buffer<T>& a, int lda, const Matrix<T>& matrix, int group, const Cut::Unit& unit, int thread,
+               const Finish& finish) {
+    multiply(UnitProduct<T>{a.data(), lda, matrix, group, unit, scratch_[thread].sums.data()}, finish);
   }
 
   // Queries, keys and values of some heads: rotated, and stored where attention finds them.
-  void project(int layer, int unit_index, int thread) {
-    const Cut::Unit unit = projection_cut().unit(unit_index);
-    const Layer& weights = *layers_[layer];
-    const int num_rows = unit.end_row - unit.row, per_head = padded_dim() / kPanel;
-    Scratch& scratch = scratch_[thread];
-    for (int head = unit.column; head < unit.end_column; head++) {
-      multiply_rows(input_.data() + long(unit.row) * input_stride(), input_stride(), weights.qkv, head * per_head,
-                    per_head, num_rows, scratch.sums.data());
-      for (int row = 0; row < num_rows; row++)
-        store_head(layer, unit.row + row, head, scratch.sums.data() + long(row) * padded_dim(), scratch.head.data());
-    }
+  void project(int layer, int unit, int thread) {
+    product(input_, input_stride(), layers_[layer]->qkv, padded_dim() / kPanel, projection_cut().unit(unit), thread,
+            [&](int row, int head, float* sums) { store_head(layer, row, head, sums, scratch_[thread].head.data()); });
   }
 
   void store_head(int layer, int row, int head, float* values, T* converted) {
@@ -442,7 +412,7 @@ class Decoder {
   }
 
   void add_product(int layer, const Matrix<T>& matrix, const Buffer<T>& a, int lda, int unit, int thread) {
-    product(a.data(), lda, matrix, cut(matrix, rows_after_attention(layer)).unit(unit), thread,
+    product(a, lda, matrix, 1, cut(matrix, rows_after_attention(layer)).unit(unit), thread,
             [&](int row, int panel, float* sums) {
               add_bias(sums, matrix.bias(panel), kPanel);
               float* to = hidden(layer, row) + panel * kPanel;
@@ -453,7 +423,7 @@ class Decoder {
   // silu(gate) * up (SwiGLU, arXiv 2002.05202)
   void activate(int layer, int unit, int thread) {
     const Matrix<T>& matrix = layers_[layer]->gate_up;
-    product(input_.data(), input_stride(), matrix, cut(matrix, rows_after_attention(layer)).unit(unit), thread,
+    product(input_, input_stride(), matrix, 1, cut(matrix, rows_after_attention(layer)).unit(unit), thread,
             [&](int row, int panel, float* sums) {
               constexpr int half = kPanel / 2;
               add_bias(sums, matrix.bias(panel), kPanel);
@@ -470,7 +440,7 @@ class Decoder {
     const Cut::Unit unit = whole.unit(unit_index);
     Best* best = best_.data() + long(whole.column_unit(unit_index)) * step_->num_logit_rows;
     for (int row = unit.row; row < unit.end_row; row++) best[row] = {-INFINITY, 0};
-    product(input_.data(), input_stride(), head_, unit, thread, [&](int row, int panel, float* sums) {
+    product(input_, input_stride(), head_, 1, unit, thread, [&](int row, int panel, float* sums) {
       const int first = panel * kPanel, size = std::min(kPanel, shape_.vocab_size - first);
       add_bias(sums, head_.bias(panel), kPanel);
       if (step_->logits != nullptr)
@@ -501,6 +471,7 @@ class Decoder {
 
   const DecoderShape shape_;
   Attention<T> attention_;
+  Arena<T> arena_;  // of the matrices
   Matrix<T> head_;
   Buffer<T> embedding_;
   Buffer<float> norm_, cos_, sin_;

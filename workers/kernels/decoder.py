@@ -43,6 +43,7 @@ class NativeDecoder:
         self._library = library
         self._vocab_size = config.vocab_size
         self._num_layers = kv.num_layers
+        self._step: NativeStep | None = None  # the last one
         self._handle = library.call("decoder_new", ctypes.byref(shape), decoder.dtype == torch.bfloat16, threads)
         if self._handle is None:
             raise RuntimeError(library.error())
@@ -56,14 +57,13 @@ class NativeDecoder:
 
     def forward(self, batch: StepBatch, *, with_logits: bool) -> Scores:
         """As the protocol says; bfloat16 weights and keys, float32 in between."""
-        num_rows = len(batch.logit_rows)
-        step = NativeStep(batch)
-        greedy = torch.empty(num_rows, dtype=torch.int64)
-        logits = torch.empty(num_rows, self._vocab_size) if with_logits else None
-        step.struct.argmax = greedy.data_ptr()
+        step = self._step
+        if step is None or not step.computes(batch):
+            step = self._step = NativeStep(batch)
+        logits = torch.empty(len(batch.logit_rows), self._vocab_size) if with_logits else None
         step.struct.logits = None if logits is None else logits.data_ptr()
         self._library.check(self._library.call("decoder_forward", self._handle, ctypes.byref(step.struct)))
-        return Scores(greedy, logits, self._times(step, self._num_layers))
+        return Scores(step.greedy, logits, self._times(step, self._num_layers))
 
     def copy_page(self, source: int, target: int) -> None:
         self._library.call("decoder_copy_page", self._handle, source, target)

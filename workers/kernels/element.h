@@ -5,6 +5,9 @@
 //
 //     panel[step][column][element]    step * kDepth + element = row, column < 32
 //
+// For AMX the steps of a panel of bfloat16 are cut further, into tiles of 16 steps by 16 columns, a tile's memory all in
+// one piece: [step / 16][column / 16][step % 16][column % 16][element].
+//
 // Weights, transposed keys and values all have this form, so one product serves them all.
 #pragma once
 
@@ -46,6 +49,24 @@ struct Element<Bf16> {
   static constexpr int kDepth = 2;
   static constexpr int kExpDegree = 3;
 };
+
+// Whether products of this type are made of tiles.
+#if defined(HEADWATER_AMX)
+template <class T>
+constexpr bool kHasTiles = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool kHasTiles = false;
+#endif
+
+// Where the elements of a step and a column begin in a panel.
+template <class T>
+constexpr long place_in_panel(int step, int column) {
+  constexpr int depth = Element<T>::kDepth, side = 16;
+  if (!kHasTiles<T>) return (long(step) * kPanel + column) * depth;
+  const int tile = step / side * (kPanel / side) + column / side;
+  return (long(tile) * side * side + step % side * side + column % side) * depth;
+}
 
 template <class T>
 constexpr int kStepBytes = kPanel * Element<T>::kDepth * int(sizeof(T));  // 128 either way

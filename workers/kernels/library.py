@@ -8,23 +8,22 @@ from __future__ import annotations
 import ctypes
 import logging
 from array import array
-from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_void_p
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from protos.errors import SetupError
-from workers.attention.protocol import KVShape, Segment, SegmentKind, StepBatch
+from workers.attention.protocol import KVShape, StepBatch
+from workers.attention.segments import SegmentTable
 from workers.kernels.build import build
 from workers.kernels.variants import VARIANTS, Variant, cpu_features, named
 
 log = logging.getLogger(__name__)
 
 PAGE_MULTIPLE = 32  # tokens: the columns of a panel
-_KINDS: dict[SegmentKind, int] = {"causal": 0, "full": 1, "tree": 2}
 
 
 class AttentionShape(ctypes.Structure):
@@ -148,33 +147,31 @@ class NativeStep:
     """A StepBatch as the kernels read it. Keeps alive what its addresses point at."""
 
     def __init__(self, batch: StepBatch) -> None:
-        self._kept: list[object] = [batch]
-        self._segments = array("q")
-        for segment in batch.segments:
-            self._segments.extend(self._numbers(segment))
+        """A batch whose segments are a table may move on, and this with it."""
+        segments = batch.segments
+        self.batch = batch
+        self._table = segments if isinstance(segments, SegmentTable) else SegmentTable([*segments])
+        self._greedy = array("q", bytes(8 * len(batch.logit_rows)))
         self.struct = Step(
             num_rows=len(batch.positions),
             token_ids=_address(batch.token_ids),
             positions=_address(batch.positions),
             slots=_address(batch.slots),
-            segments=self._segments.buffer_info()[0],
-            num_segments=len(batch.segments),
+            segments=self._table.address,
+            num_segments=len(self._table),
             logit_rows=_address(batch.logit_rows),
             num_logit_rows=len(batch.logit_rows),
+            argmax=self._greedy.buffer_info()[0],
         )
 
-    def _numbers(self, segment: Segment) -> tuple[int, ...]:
-        pages = self._array("i", segment.pages)
-        masks = self._array("Q", segment.mask) if segment.kind == "tree" else 0
-        kind = _KINDS[segment.kind]
-        return (segment.row_start, segment.num_rows, pages, segment.key_start, segment.num_keys, kind, masks, 0)
+    @property
+    def greedy(self) -> list[int]:
+        """By logit row, once the step has been computed: the first of the highest logits."""
+        return self._greedy.tolist()
 
-    def _array(self, code: Literal["i", "Q"], values: Sequence[int]) -> int:
-        """The address of an array of this type; the values themselves if they are one."""
-        if not isinstance(values, array) or values.typecode != code:
-            values = array(code, values)
-            self._kept.append(values)
-        return values.buffer_info()[0]
+    def computes(self, batch: StepBatch) -> bool:
+        """Whether this is the batch's native form, also after it has moved on."""
+        return self.batch is batch and self._table is batch.segments
 
 
 def _address(values: Tensor) -> int:

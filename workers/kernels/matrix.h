@@ -8,26 +8,25 @@
 
 namespace headwater {
 
-// A weight [columns, rows] of a checkpoint ("out, in"), as panels of 32 columns.
+// A weight [columns, rows] of a checkpoint ("out, in"), as panels of 32 columns. The arena outlives it.
 template <class T>
 class Matrix {
  public:
-  Matrix() = default;
-  Matrix(int num_columns, int num_rows)
+  Matrix(int num_columns, int num_rows, Arena<T>& arena)
       : num_panels_(round_up(num_columns, kPanel) / kPanel),
         num_rows_(round_up(num_rows, kPanel)),
-        panels_(size_t(num_panels_) * kPanel * num_rows_),
+        panels_(arena.take(size_t(num_panels_) * kPanel * num_rows_)),
         bias_(size_t(num_panels_) * kPanel) {}
 
   int num_panels() const { return num_panels_; }
   int num_rows() const { return num_rows_; }  // a multiple of 32; those that the checkpoint lacks are zero
-  const T* panel(int i) const { return panels_.data() + size_t(i) * kPanel * num_rows_; }
+  const T* panel(int i) const { return panels_ + size_t(i) * kPanel * num_rows_; }
   const float* bias(int panel) const { return has_bias_ ? bias_.data() + long(panel) * kPanel : nullptr; }
 
   void set_column(int column, const T* values, int size) {
     constexpr int depth = Element<T>::kDepth;
-    T* to = panels_.data() + size_t(column / kPanel) * kPanel * num_rows_ + column % kPanel * depth;
-    for (int row = 0; row < size; row++) to[long(row / depth) * kPanel * depth + row % depth] = values[row];
+    T* const to = panels_ + size_t(column / kPanel) * kPanel * num_rows_;
+    for (int row = 0; row < size; row++) to[place_in_panel<T>(row / depth, column % kPanel) + row % depth] = values[row];
   }
 
   void set_bias(int column, float value) {
@@ -36,15 +35,15 @@ class Matrix {
   }
 
  private:
-  int num_panels_ = 0, num_rows_ = 0;
-  Buffer<T> panels_;
+  int num_panels_, num_rows_;
+  T* panels_;
   Buffer<float> bias_;
   bool has_bias_ = false;
 };
 
 // How a product of many rows with a matrix is cut into units.
 struct Cut {
-  static constexpr int kMaxRows = 240;  // of a unit
+  static constexpr int kMaxRows = 256;  // of a unit
 
   int num_rows, num_columns;  // of columns: panels, or groups of panels that belong together
   int rows_per_unit, columns_per_unit;

@@ -152,59 +152,139 @@ void multiply(const Product<T>& p, int num_rows) {
 
 #if defined(HEADWATER_AMX)
 
-// One panel with 16 or 32 rows: two tiles of columns by one or two of rows.
-inline void multiply_tiles(const Product<Bf16>& p, int row, bool is_tall, bool fetches, int panel) {
+namespace kernel {
+
+constexpr int kTileRows = 16;
+constexpr int kTileSteps = 16;
+constexpr int kTileSize = 512;                        // elements
+constexpr int kPairBytes = 16 * kStepBytes<Bf16>;     // the two tiles that are as wide as a panel
+
+// Up to 32 rows with one panel: two tiles of rows by two of columns.
+template <class Meanwhile>
+__attribute__((always_inline)) inline void multiply_tall(const Product<Bf16>& p, int row, int panel, Meanwhile& meanwhile) {
   const Bf16* a = p.a + long(row) * p.lda;
-  float* c = p.c + long(row) * p.ldc + panel * kPanel;
-  float* const low = c + 16l * p.ldc;
-  const Bf16* const a_low = a + 16l * p.lda;
+  const Bf16* a_low = a + long(kTileRows) * p.lda;
+  float* const c = p.c + long(row) * p.ldc + panel * kPanel;
+  float* const c_low = c + long(kTileRows) * p.ldc;
   const long a_stride = p.lda * 2l, c_stride = p.ldc * 4l;
   if (p.adds) {
     TILE_LOAD(0, c, c_stride);
     TILE_LOAD(1, c + 16, c_stride);
-    if (is_tall) {
-      TILE_LOAD(2, low, c_stride);
-      TILE_LOAD(3, low + 16, c_stride);
-    }
+    TILE_LOAD(2, c_low, c_stride);
+    TILE_LOAD(3, c_low + 16, c_stride);
   } else {
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
-  long k = 0;
   for (int block = 0; block < p.num_blocks; block++) {
     const Bf16* b = p.panels[long(block) * p.num_panels + panel];
-    const Bf16* const next = fetches ? p.next[long(block) * p.num_panels + panel] : nullptr;
-    for (int step = 0; step < p.num_steps; step += 16, k += 32, b += 16 * kPanel * 2) {
-      if (fetches) prefetch(next + long(step) * kPanel * 2, 16 * kStepBytes<Bf16>);
-      TILE_LOAD(6, b, kStepBytes<Bf16>);
-      TILE_LOAD(7, b + kPanel, kStepBytes<Bf16>);
-      TILE_LOAD(4, a + k, a_stride);
+    for (int step = 0; step < p.num_steps; step += kTileSteps, a += 32, a_low += 32, b += 2 * kTileSize) {
+      TILE_LOAD(6, b, 64);
+      TILE_LOAD(4, a, a_stride);
       TILE_MULTIPLY(0, 4, 6);
+      TILE_LOAD(7, b + kTileSize, 64);
       TILE_MULTIPLY(1, 4, 7);
-      if (is_tall) {
-        TILE_LOAD(5, a_low + k, a_stride);
-        TILE_MULTIPLY(2, 5, 6);
-        TILE_MULTIPLY(3, 5, 7);
+      TILE_LOAD(5, a_low, a_stride);
+      TILE_MULTIPLY(2, 5, 6);
+      TILE_MULTIPLY(3, 5, 7);
+      meanwhile(b);
+    }
+  }
+  TILE_STORE(0, c, c_stride);
+  TILE_STORE(1, c + 16, c_stride);
+  TILE_STORE(2, c_low, c_stride);
+  TILE_STORE(3, c_low + 16, c_stride);
+}
+
+// Up to 16 rows with one panel or two: a tile of rows by two or four of columns.
+template <int kNumPanels, class Meanwhile>
+__attribute__((always_inline)) inline void multiply_wide(const Product<Bf16>& p, int row, int panel, Meanwhile& meanwhile) {
+  const Bf16* a = p.a + long(row) * p.lda;
+  float* const c = p.c + long(row) * p.ldc + panel * kPanel;
+  const long a_stride = p.lda * 2l, c_stride = p.ldc * 4l;
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  if (p.adds) {
+    TILE_LOAD(0, c, c_stride);
+    TILE_LOAD(1, c + 16, c_stride);
+    if (kNumPanels == 2) {
+      TILE_LOAD(2, c + 32, c_stride);
+      TILE_LOAD(3, c + 48, c_stride);
+    }
+  }
+  for (int block = 0; block < p.num_blocks; block++) {
+    const Bf16* b = p.panels[long(block) * p.num_panels + panel];
+    const Bf16* right = p.panels[long(block) * p.num_panels + panel + kNumPanels - 1];
+    for (int step = 0; step < p.num_steps; step += kTileSteps, a += 32, b += 2 * kTileSize, right += 2 * kTileSize) {
+      TILE_LOAD(4, a, a_stride);
+      TILE_LOAD(6, b, 64);
+      TILE_MULTIPLY(0, 4, 6);
+      TILE_LOAD(7, b + kTileSize, 64);
+      TILE_MULTIPLY(1, 4, 7);
+      meanwhile(b);
+      if (kNumPanels == 2) {
+        TILE_LOAD(6, right, 64);
+        TILE_MULTIPLY(2, 4, 6);
+        TILE_LOAD(7, right + kTileSize, 64);
+        TILE_MULTIPLY(3, 4, 7);
+        meanwhile(right);
       }
     }
   }
   TILE_STORE(0, c, c_stride);
   TILE_STORE(1, c + 16, c_stride);
-  if (is_tall) {
-    TILE_STORE(2, low, c_stride);
-    TILE_STORE(3, low + 16, c_stride);
+  if (kNumPanels == 2) {
+    TILE_STORE(2, c + 32, c_stride);
+    TILE_STORE(3, c + 48, c_stride);
   }
 }
 
+}  // namespace kernel
+
+// The product in tiles. `meanwhile(tiles)` is called for each pair of tiles of a panel that is multiplied: what it does
+// runs beside the tiles. Nothing is fetched but by it.
+template <class Meanwhile>
+__attribute__((always_inline)) inline void multiply_tiles(const Product<Bf16>& p, int num_rows, Meanwhile& meanwhile) {
+  int row = 0;
+  for (; num_rows - row > kernel::kTileRows; row += 2 * kernel::kTileRows)
+    for (int panel = 0; panel < p.num_panels; panel++) kernel::multiply_tall(p, row, panel, meanwhile);
+  if (row >= num_rows) return;
+  int panel = 0;
+  for (; panel + 2 <= p.num_panels; panel += 2) kernel::multiply_wide<2>(p, row, panel, meanwhile);
+  if (panel < p.num_panels) kernel::multiply_wide<1>(p, row, panel, meanwhile);
+}
+
+// Walks through the memory that a product is to fetch, a pair of tiles at a time.
+class Fetcher {
+ public:
+  explicit Fetcher(const Product<Bf16>& p)
+      : next_(p.next),
+        per_panel_(p.num_steps / kernel::kTileSteps),
+        left_(p.next != nullptr ? p.num_blocks * p.num_panels : 0) {}
+
+  void operator()(const Bf16*) {
+    if (left_ == 0) return;
+    prefetch(*next_ + long(done_) * 2 * kernel::kTileSize, kernel::kPairBytes);
+    if (++done_ < per_panel_) return;
+    done_ = 0;
+    next_++;
+    left_--;
+  }
+
+ private:
+  const Bf16* const* next_;
+  int per_panel_, left_;
+  int done_ = 0;  // of the panel's pairs
+};
+
 template <>
 inline void multiply<Bf16>(const Product<Bf16>& p, int num_rows) {
-  for (int panel = 0; panel < p.num_panels; panel++)
-    for (int row = 0; row < num_rows; row += 32) {
-      const bool is_last = row + 32 >= num_rows;
-      multiply_tiles(p, row, num_rows - row > 16, is_last && p.next != nullptr, panel);
-    }
+  Fetcher fetcher(p);
+  multiply_tiles(p, num_rows, fetcher);
 }
 
 #endif

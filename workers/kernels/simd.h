@@ -36,10 +36,12 @@ inline V load_as(const void* from) {
   return value;
 }
 
-// Ask for memory that will be read soon, into the second-level cache.
+// Ask for memory that will be read soon: into the second-level cache, or with kNearest into the first.
+template <bool kNearest = false>
 inline void prefetch(const void* from, long num_bytes) {
   constexpr int line = 64;
-  for (long i = 0; i < num_bytes; i += line) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+  for (long i = 0; i < num_bytes; i += line)
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, kNearest ? 3 : 2);
 }
 
 inline Vec load(const float* from) { return load_as<Vec>(from); }
@@ -51,6 +53,16 @@ inline Vec maximum(Vec a, Vec b) {
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+inline bool any_above(Vec values, Vec limits) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)values, (__m512)limits, _CMP_GT_OQ) != 0;
+#else
+  for (int i = 0; i < kLanes; i++)
+    if (values[i] > limits[i]) return true;
+  return false;
 #endif
 }
 

@@ -44,6 +44,7 @@ class KVCache:
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(page_size)
         self._prefix_cache = prefix_cache
+        self._num_emptied = 0
         self._pending: set[int] = set()  # in the tree, but computed only by the step being planned
 
     @property
@@ -66,8 +67,11 @@ class KVCache:
 
     @property
     def version(self) -> int:
-        """Grows whenever what tables share may have changed; a page that only its own table holds changes nothing."""
-        return self._tree.version
+        """Grows whenever a table is emptied, or what tables share may have changed.
+
+        A page that only its own table holds changes nothing.
+        """
+        return self._tree.version + self._num_emptied
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -146,8 +150,8 @@ class KVCache:
             if table.node is None:
                 table.node = self._tree.root(table.salt)
                 self._tree.lock(table.node)
-            found = self._tree.match(table.node, key)
-            if not found.pages:
+            found = self._tree.match(table.node, key) if table.node.children else None
+            if found is None or not found.pages:
                 fresh = table.pages[start:last].tolist()
                 table.node = self._tree.insert(table.node, key, fresh)
                 table.num_shared = last
@@ -161,6 +165,7 @@ class KVCache:
 
     def release(self, table: PageTable) -> None:
         """Forget a sequence: its own pages become free, the shared ones stay in the tree until needed."""
+        self._num_emptied += len(table.pages) > 0
         self._pool.give(table.pages[table.num_shared :])
         if table.node is not None:
             self._tree.unlock(table.node)

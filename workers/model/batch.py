@@ -5,18 +5,18 @@ Between the scheduler, which decides what is computed, and the model, which comp
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from workers.attention.cost import Corrected
-from workers.attention.planner import Branch, Grouping, Path, Planner, PlannerStats, predict
+from workers.attention.planner import Branch, Grouping, Path, Planner, PlannerStats, Prediction, predict
 from workers.attention.protocol import Segment, StepBatch
+from workers.attention.segments import SegmentTable
 from workers.kv.cache import PageTable
+from workers.model.decoding import Decoding, Place, Rows
 from workers.scheduler.sequence import Sequence as RunningSequence
 from workers.scheduler.step import Chunk, StepPlan
 
@@ -32,27 +32,23 @@ class SharedPaths(Protocol):
         """The nodes that at least one other table holds too, from the root down."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionWork:
+class AttentionWork(NamedTuple):
     """Running totals of counted work, for one layer."""
 
     num_segments: int = 0
     needed_keys: int = 0  # what the sequences of all steps see, each by itself
     read_keys: int = 0  # what their segments read; less, where keys are shared
 
+    def plus(self, step: AttentionWork) -> AttentionWork:
+        return AttentionWork(
+            self.num_segments + step.num_segments,
+            self.needed_keys + step.needed_keys,
+            self.read_keys + step.read_keys,
+        )
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where chunks stand in the flat stream and what they share: the same for as long as they only decode."""
-
-    sequences: list[RunningSequence]
-    version: int  # of the shared paths
-    is_decoding: bool  # one row each
-    grouping: Grouping
-    first_rows: list[int]  # by chunk
-    shares: tuple[Segment, ...]  # outer before inner
-    logit_rows: Tensor  # in the order of the chunks
-    predicted: tuple[float, float] | None  # seconds of one layer's segments and merges, before correction
+    def one_key_more(self, num_rows: int) -> AttentionWork:
+        """Of the next step, if so many rows go on decoding: each sees, and its own segment reads, one key more."""
+        return AttentionWork(self.num_segments, self.needed_keys + num_rows, self.read_keys + num_rows)
 
 
 class BatchBuilder:
@@ -67,8 +63,10 @@ class BatchBuilder:
         self._paths = paths
         self._page_size = page_size
         self._device = device
-        self._layout: _Layout | None = None
-        self._is_observed = True  # the layout's prediction has been compared with a step
+        self._decoding: Decoding | None = None  # the last batch, if it can go on
+        self._basis: tuple[list[RunningSequence], int] = [], 0  # what it was laid out for: sequences, version of paths
+        self._step = AttentionWork()  # of the last batch
+        self._predicted: Prediction | None = None  # of the last batch, until it is compared with a step
         self._work = AttentionWork()
 
     @property
@@ -80,53 +78,59 @@ class BatchBuilder:
         return self._planner.stats
 
     def build(self, plan: StepPlan) -> StepBatch:
-        """The batch of a plan. Logit rows are in the order of the plan's chunks, whatever the order of the rows."""
+        """The batch of a plan. Logit rows are in the order of the plan's chunks, whatever the order of the rows.
+
+        It is valid until the next is built.
+        """
         chunks = plan.chunks
-        layout = self._layout_of(chunks)
-        rows = _decoded_rows if layout.is_decoding else _rows
-        token_ids, positions, slots = rows([chunks[index] for index in layout.grouping.order], self._page_size)
-        segments = (*layout.shares, *self._own(chunks, layout))
-        self._count(chunks, segments)
-        return StepBatch(
-            self._tensor(token_ids), self._tensor(positions), self._tensor(slots), segments, layout.logit_rows
-        )
+        basis = [chunk.sequence for chunk in chunks], self._paths.version
+        if self._decoding is not None and basis == self._basis:
+            self._decoding.advance()
+            self._step = self._step.one_key_more(len(chunks))
+            batch = self._decoding.batch
+        else:
+            batch = self._lay_out(chunks)
+            self._basis = basis
+        self._work = self._work.plus(self._step)
+        return batch if self._device.type == "cpu" else _moved(batch, self._device)
 
     def observe(self, segments_s: float, merges_s: float) -> None:
         """Learn what one layer of the batch took. Prompts, whose rows see ever more keys, teach nothing."""
-        predicted = self._layout.predicted if self._layout else None
-        if predicted is not None and not self._is_observed:
-            self._cost.observe(predicted[0], segments_s, predicted[1], merges_s)
-            self._is_observed = True
+        if self._predicted is not None:
+            self._cost.observe(self._predicted.segment_s, segments_s, self._predicted.merge_s, merges_s)
+            self._predicted = None
 
-    def _layout_of(self, chunks: Sequence[Chunk]) -> _Layout:
-        """The last layout, if the same sequences go on decoding and share what they shared; else a new one."""
-        last, version = self._layout, self._paths.version
-        sequences = [chunk.sequence for chunk in chunks]
-        if last and last.is_decoding and last.version == version and last.sequences == sequences:
-            return last
-        self._layout = self._lay_out(chunks, sequences, version)
-        self._is_observed = False
-        return self._layout
+    def check(self) -> None:
+        """The invariants of a batch that goes on, after it has been built; for tests."""
+        if self._decoding is not None:
+            self._decoding.check()
 
-    def _lay_out(self, chunks: Sequence[Chunk], sequences: list[RunningSequence], version: int) -> _Layout:
+    def _lay_out(self, chunks: Sequence[Chunk]) -> StepBatch:
+        """Decide anew where chunks stand in the flat stream and what they share."""
         branches = [
             Branch(chunk.num_tokens, chunk.stop, self._paths.shared_path(chunk.sequence.table)) for chunk in chunks
         ]
         grouping = self._planner.group(branches)
-        is_decoding = all(_is_decoded(chunk) for chunk in chunks)
-        predicted = predict(grouping, branches, self._cost.base, self._page_size) if is_decoding else None
         first_rows = _first_rows(chunks, grouping.order)
+        segments = [*self._shares(chunks, grouping, first_rows), *self._own(chunks, grouping, first_rows)]
+        num_read = sum(segment.num_keys for segment in segments)
+        self._step = AttentionWork(len(segments), sum(chunk.stop for chunk in chunks), num_read)
+        rows = _rows([chunks[index] for index in grouping.order], self._page_size)
         wanted = [row for chunk, first in zip(chunks, first_rows, strict=True) for row in _wanted(chunk, first)]
-        return _Layout(
-            sequences=sequences,
-            version=version,
-            is_decoding=is_decoding,
-            grouping=grouping,
-            first_rows=first_rows,
-            shares=tuple(self._shares(chunks, grouping, first_rows)),
-            logit_rows=self._tensor(wanted),
-            predicted=(predicted.segment_s, predicted.merge_s) if predicted else None,
+        logit_rows = torch.tensor(wanted, dtype=torch.int64)
+        self._decoding = self._predicted = None
+        if not all(map(_is_decoded, chunks)):
+            return rows.batch(segments, logit_rows)
+        self._predicted = predict(grouping, branches, self._cost.base, self._page_size)
+        self._decoding = Decoding(
+            rows,
+            SegmentTable(segments),
+            logit_rows,
+            _places(chunks, grouping),
+            num_shares=len(grouping.shares),
+            page_size=self._page_size,
         )
+        return self._decoding.batch
 
     def _shares(self, chunks: Sequence[Chunk], grouping: Grouping, first_rows: Sequence[int]) -> list[Segment]:
         size = self._page_size
@@ -139,25 +143,13 @@ class BatchBuilder:
             segments.append(Segment(first_rows[members[0]], num_rows, pages, share.start_page * size, num_keys, "full"))
         return segments
 
-    def _own(self, chunks: Sequence[Chunk], layout: _Layout) -> list[Segment]:
+    def _own(self, chunks: Sequence[Chunk], grouping: Grouping, first_rows: Sequence[int]) -> list[Segment]:
         """What each sequence attends to alone."""
         size = self._page_size
         return [
-            Segment(row, num_tokens, sequence.table.pages, own * size, start + num_tokens - own * size)
-            for (sequence, start, num_tokens, *_), row, own in zip(
-                chunks, layout.first_rows, layout.grouping.own_start, strict=True
-            )
+            Segment(row, chunk.num_tokens, chunk.sequence.table.pages, own * size, chunk.stop - own * size)
+            for chunk, row, own in zip(chunks, first_rows, grouping.own_start, strict=True)
         ]
-
-    def _count(self, chunks: Sequence[Chunk], segments: Sequence[Segment]) -> None:
-        self._work = AttentionWork(
-            self._work.num_segments + len(segments),
-            self._work.needed_keys + sum([chunk.start + chunk.num_tokens for chunk in chunks]),
-            self._work.read_keys + sum([segment.num_keys for segment in segments]),
-        )
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
 
 
 def _is_decoded(chunk: Chunk) -> bool:
@@ -165,17 +157,23 @@ def _is_decoded(chunk: Chunk) -> bool:
     return chunk.num_tokens == 1 and chunk.samples and chunk.num_scored_rows == 0
 
 
-def _decoded_rows(chunks: Sequence[Chunk], page_size: int) -> tuple[list[int], list[int], list[int]]:
-    """Token ids, positions and slots of chunks of one token each."""
-    positions = [chunk.start for chunk in chunks]
-    token_ids = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
-    slots = [
-        chunk.sequence.table.pages[chunk.start // page_size] * page_size + chunk.start % page_size for chunk in chunks
+def _places(chunks: Sequence[Chunk], grouping: Grouping) -> list[Place]:
+    """By row, for chunks of one row each: a share reads the page table of its first row's sequence."""
+    segments = [[len(grouping.shares) + index] for index in grouping.order]
+    for number, share in enumerate(grouping.shares):
+        segments[share.first].append(number)
+    return [
+        Place(chunks[index].sequence, chunks[index].start, tuple(read))
+        for index, read in zip(grouping.order, segments, strict=True)
     ]
-    return token_ids, positions, slots
 
 
-def _rows(chunks: Sequence[Chunk], page_size: int) -> tuple[list[int], list[int], list[int]]:
+def _moved(batch: StepBatch, device: torch.device) -> StepBatch:
+    token_ids, positions, slots = (rows.to(device) for rows in (batch.token_ids, batch.positions, batch.slots))
+    return StepBatch(token_ids, positions, slots, batch.segments, batch.logit_rows.to(device))
+
+
+def _rows(chunks: Sequence[Chunk], page_size: int) -> Rows:
     """Token ids, positions and slots of chunks of any length."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -186,7 +184,7 @@ def _rows(chunks: Sequence[Chunk], page_size: int) -> tuple[list[int], list[int]
         token_ids += chunk.sequence.tokens[chunk.start : chunk.stop]
         positions += span
         slots += [pages[position // page_size] * page_size + position % page_size for position in span]
-    return token_ids, positions, slots
+    return Rows(array("q", token_ids), array("q", positions), array("q", slots))
 
 
 def _first_rows(chunks: Sequence[Chunk], order: Sequence[int]) -> list[int]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from protos.messages import PositionLogprobs
 from workers.model.batch import BatchBuilder
-from workers.model.sampler import Row, is_plain, position_logprobs, sample
-from workers.model.scores import Model, Scores
-from workers.scheduler.step import Chunk, ChunkResult, StepPlan
+from workers.model.greedy import is_plain
+from workers.model.sampler import Row, position_logprobs, sample
+from workers.model.scores import Model
+from workers.scheduler.step import Chunk, ChunkResults, StepPlan
 
 
 class Runner:
@@ -22,33 +23,34 @@ class Runner:
         self._builder = builder
         self._eos = eos_token_ids
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[ChunkResult]:
-        """Copy pages, run the flat stream, sample. One result per chunk, in order."""
+    def execute(self, plan: StepPlan) -> ChunkResults:
+        """Copy pages, run the flat stream, sample."""
         for copy in plan.copies:
             self._model.copy_page(copy.source, copy.target)
-        scores = self._model.forward(self._builder.build(plan), with_logits=any(map(_needs_logits, plan.chunks)))
+        scores = self._model.forward(self._builder.build(plan), with_logits=any(map(_wants_logits, plan.chunks)))
         if scores.times is not None:
             self._builder.observe(scores.times.segments_s, scores.times.merges_s)
         if scores.logits is None:
-            return _greedy_results(plan, scores)
+            return ChunkResults.of_tokens(_dealt(plan.chunks, scores.greedy))
         return _results(plan, scores.logits, self._eos)
 
 
-def _needs_logits(chunk: Chunk) -> bool:
+def _wants_logits(chunk: Chunk) -> bool:
     """Whether the model's own greedy choice is not all that is wanted of a chunk."""
-    if chunk.num_scored_rows:
-        return True
-    sampling = chunk.sequence.request.sampling
-    return chunk.samples and (sampling.logprobs is not None or not is_plain(sampling))
+    sequence, _, _, _, num_scored_rows, samples = chunk
+    return num_scored_rows > 0 or (samples and sequence.wants_logits)
 
 
-def _greedy_results(plan: StepPlan, scores: Scores) -> list[ChunkResult]:
-    tokens = iter(scores.greedy.tolist())
-    return [ChunkResult(next(tokens)) if chunk.samples else ChunkResult() for chunk in plan.chunks]
+def _dealt(chunks: Sequence[Chunk], token_ids: list[int]) -> Sequence[int | None]:
+    """Each chunk's token, if it samples one."""
+    if len(token_ids) == len(chunks):
+        return token_ids
+    tokens = iter(token_ids)
+    return [next(tokens) if chunk.samples else None for chunk in chunks]
 
 
-def _results(plan: StepPlan, logits: Tensor, eos_token_ids: frozenset[int]) -> list[ChunkResult]:
+@torch.inference_mode()
+def _results(plan: StepPlan, logits: Tensor, eos_token_ids: frozenset[int]) -> ChunkResults:
     """Deal the logits out to the chunks and sample those that are due."""
     scored: list[tuple[PositionLogprobs, ...]] = []
     sampled_rows: list[int] = []
@@ -62,11 +64,11 @@ def _results(plan: StepPlan, logits: Tensor, eos_token_ids: frozenset[int]) -> l
     sampling = [chunk for chunk in plan.chunks if chunk.samples]
     is_all = len(sampled_rows) == len(logits)
     rows = logits if is_all else logits[sampled_rows]
-    tokens = iter(_sample(sampling, rows, eos_token_ids) if sampling else ())
-    return [
-        ChunkResult(*next(tokens), prompt) if chunk.samples else ChunkResult(prompt_logprobs=prompt)
-        for chunk, prompt in zip(plan.chunks, scored, strict=True)
-    ]
+    token_ids, logprobs = _sample(sampling, rows, eos_token_ids) if sampling else ([], [])
+    found = iter(logprobs)
+    return ChunkResults(
+        _dealt(plan.chunks, token_ids), [next(found) if chunk.samples else None for chunk in plan.chunks], scored
+    )
 
 
 def _score_prompt(chunk: Chunk, logits: Tensor) -> tuple[PositionLogprobs, ...]:
@@ -80,7 +82,7 @@ def _score_prompt(chunk: Chunk, logits: Tensor) -> tuple[PositionLogprobs, ...]:
 
 def _sample(
     chunks: Sequence[Chunk], logits: Tensor, eos_token_ids: frozenset[int]
-) -> list[tuple[int, PositionLogprobs | None]]:
+) -> tuple[list[int], list[PositionLogprobs | None]]:
     token_ids = sample(logits, [_row(chunk, eos_token_ids) for chunk in chunks])
     logprobs: list[PositionLogprobs | None] = [None] * len(chunks)
     asked = [i for i, chunk in enumerate(chunks) if chunk.sequence.request.sampling.logprobs is not None]
@@ -89,7 +91,7 @@ def _sample(
         found = position_logprobs(logits[asked], [token_ids[i] for i in asked], num_top)
         for i, position in zip(asked, found, strict=True):
             logprobs[i] = position
-    return list(zip(token_ids, logprobs, strict=True))
+    return token_ids, logprobs
 
 
 def _row(chunk: Chunk, eos_token_ids: frozenset[int]) -> Row | None:

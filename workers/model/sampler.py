@@ -16,8 +16,7 @@ from torch import Tensor
 from protos.messages import PositionLogprobs, Sampling
 from workers.model import race
 from workers.model.draws import draw_keys, exponential
-
-GREEDY_TEMPERATURE = 1e-5  # at or below it, dividing logits would overflow
+from workers.model.greedy import GREEDY_TEMPERATURE, weighs
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +38,8 @@ class Row:
         return len(self.tokens) - self.num_prompt
 
 
-def is_plain(sampling: Sampling) -> bool:
-    """Whether the token is the largest logit, whatever came before: such a row needs no Row."""
-    return sampling.temperature <= GREEDY_TEMPERATURE and sampling.min_tokens == 0 and not _weighs(sampling)
-
-
 def sample(logits: Tensor, rows: Sequence[Row | None]) -> list[int]:
-    """One token id per row; None stands for a plain row. logits [rows, vocab] float32, left as it is."""
+    """One token id per row; None: its sampling is plain. logits [rows, vocab] float32, left as it is."""
     picky = [i for i, row in enumerate(rows) if row is not None]
     chosen = _largest(logits) if len(picky) < len(rows) else [0] * len(rows)
     if picky:
@@ -89,23 +83,13 @@ def _largest(logits: Tensor) -> list[int]:
 
 def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Logits after penalties, bias and bans; the input itself if no row has any."""
-    touched = [i for i, row in enumerate(rows) if row.banned_ids or _weighs(row.sampling)]
+    touched = [i for i, row in enumerate(rows) if row.banned_ids or weighs(row.sampling)]
     if not touched:
         return logits
     shaped = logits.clone()
     for i in touched:
         _penalize(shaped[i], rows[i])
     return shaped
-
-
-def _weighs(sampling: Sampling) -> bool:
-    """Whether penalties or a bias move logits."""
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-        or bool(sampling.logit_bias)
-    )
 
 
 def _penalize(logits: Tensor, row: Row) -> None:

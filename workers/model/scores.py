@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from workers.attention.protocol import StepBatch
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionTimes:
+class AttentionTimes(NamedTuple):
     """Seconds that attention took, per layer."""
 
     segments_s: float
     merges_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One step's result for its logit rows."""
+class Scores(NamedTuple):
+    """One step's result for its logit rows: logits, or what is wanted of them where nobody asked for more."""
 
-    greedy: Tensor  # [rows] int64, the first of the most probable tokens
+    greedy: list[int]  # by row, the first of the most probable tokens; empty from a model that always gives logits
     logits: Tensor | None  # [rows, vocab] float32; None if nobody asked for them
     times: AttentionTimes | None = None  # None if they were not measured
 

@@ -16,8 +16,7 @@ class TorchModel:
 
     def forward(self, batch: StepBatch, *, with_logits: bool) -> Scores:
         """As the protocol says; the logits are made in any case, so they are always given."""
-        logits = self._decoder.forward(batch, self._attention)
-        return Scores(logits.argmax(dim=-1), logits)
+        return Scores([], self._decoder.forward(batch, self._attention))
 
     def copy_page(self, source: int, target: int) -> None:
         self._attention.copy_page(source, target)

@@ -12,14 +12,13 @@ it is split into the rest. Should that rest be too small, it waits for the next 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from protos.errors import DuplicateRequest, EmptyPrompt, Overloaded, PromptTooLong
 from protos.messages import Finish, Load, PositionLogprobs, Request, TokenDelta
 from workers.kv.cache import KVCache, PageCopy, PageTable
 from workers.scheduler.sequence import Sequence
-from workers.scheduler.step import Chunk, ChunkResult, StepPlan
+from workers.scheduler.step import Chunk, ChunkResults, StepPlan
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows that one chunk may ask for beyond the sampled one
 PACKING_WINDOW = 16  # waiting prompts looked at to fill what is left of a budget
@@ -97,8 +96,9 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request's outputs. Raises DuplicateRequest, PromptTooLong, Overloaded; then nothing has changed."""
         self._refuse(request)
-        stops = frozenset(request.sampling.stop_token_ids)
-        stops = stops if request.sampling.ignore_eos else stops | self._eos
+        stops = frozenset[int]() if request.sampling.ignore_eos else self._eos
+        if request.sampling.stop_token_ids:
+            stops = stops.union(request.sampling.stop_token_ids)
         done = {point.index for point in request.resume if point.finished}
         resumed = {point.index: point.token_ids for point in request.resume}
         for index in range(request.sampling.n):
@@ -121,11 +121,8 @@ class Scheduler:
         return bool(self._live)
 
     def load(self) -> Load:
-        pending = self._num_waiting_tokens
-        for sequence in self._running:
-            num_remaining = len(sequence.tokens) - sequence.num_computed
-            if num_remaining > 1:
-                pending += num_remaining
+        remaining = [len(sequence.tokens) - sequence.num_computed for sequence in self._running]
+        pending = self._num_waiting_tokens + sum([num_tokens for num_tokens in remaining if num_tokens > 1])
         cache = self._cache
         return Load(
             num_running=len(self._running),
@@ -160,19 +157,16 @@ class Scheduler:
             self._plan_waiting(draft)
         self._is_planned = bool(draft.chunks)
         leaves_prompt = draft.leaves_prompt or bool(self._waiting)
-        return StepPlan(tuple(draft.chunks), tuple(draft.copies), tuple(draft.started), leaves_prompt)
+        num_tokens = self._limits.step_tokens - draft.budget
+        return StepPlan(tuple(draft.chunks), tuple(draft.copies), tuple(draft.started), num_tokens, leaves_prompt)
 
-    def commit(self, plan: StepPlan, results: Ordered[ChunkResult]) -> list[TokenDelta]:
+    def commit(self, plan: StepPlan, results: ChunkResults) -> list[TokenDelta]:
         """Apply a computed step: append the sampled tokens, end what has ended, and say what is new."""
         self._is_planned = False
         self._cache.commit()
         self._count_step(plan)
-        deltas = []
-        for chunk, result in zip(plan.chunks, results, strict=True):
-            delta = self._apply(chunk, result)
-            if delta is not None:
-                deltas.append(delta)
-        return deltas
+        applied = [self._apply(*computed) for computed in zip(plan.chunks, *results, strict=True)]
+        return [delta for delta in applied if delta is not None]
 
     def rollback(self, plan: StepPlan) -> list[str]:
         """Undo a plan whose computing failed: its requests are dropped and named, all others are as before."""
@@ -195,7 +189,9 @@ class Scheduler:
             if sequence.num_computed + 1 < length:
                 self._plan_prompt(sequence, draft.budget - self._num_decoding(position), draft)
             elif length <= len(sequence.table.pages) * page_size or self._make_room(sequence, length):
-                draft.add(self._next_token(sequence, length))
+                if length % page_size == 0:
+                    self._cache.publish(sequence.table, sequence.tokens, length, pending=True)
+                draft.add(Chunk(sequence, length - 1, 1, length, 0, sequence.wants_output))
         draft.leaves_prompt |= position < len(running)
 
     def _plan_prompt(self, sequence: Sequence, budget: int, draft: _Draft) -> None:
@@ -329,12 +325,6 @@ class Scheduler:
             num_tokens = max(whole_pages - sequence.num_computed, 0) or num_tokens
         return num_tokens
 
-    def _next_token(self, sequence: Sequence, length: int) -> Chunk:
-        """The chunk of a sequence whose last token alone is to be computed. Prompt rows were scored before."""
-        if length % self._page_size == 0:
-            self._cache.publish(sequence.table, sequence.tokens, length, pending=True)
-        return Chunk(sequence, length - 1, 1, length, 0, sequence.wants_output)
-
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         start, stop = sequence.num_computed, sequence.num_computed + num_tokens
         self._cache.publish(sequence.table, sequence.tokens, stop, pending=True)
@@ -345,7 +335,13 @@ class Scheduler:
         samples = stop == len(sequence.tokens) and sequence.wants_output
         return Chunk(sequence, start, num_tokens, first, scored, samples)
 
-    def _apply(self, chunk: Chunk, result: ChunkResult) -> TokenDelta | None:
+    def _apply(
+        self,
+        chunk: Chunk,
+        token_id: int | None,
+        logprobs: PositionLogprobs | None,
+        scored: tuple[PositionLogprobs, ...],
+    ) -> TokenDelta | None:
         sequence, start, num_tokens, _, num_scored_rows, _ = chunk
         tokens = sequence.tokens
         if not sequence.started:
@@ -358,7 +354,7 @@ class Scheduler:
             self.counters.repeated_tokens += num_adopted * self._page_size
         if num_scored_rows:
             sequence.num_prompt_scored += num_scored_rows
-            sequence.prompt_logprobs += result.prompt_logprobs
+            sequence.prompt_logprobs += scored
         if stop < len(tokens):
             return None
         cached_tokens = sequence.cached_tokens if stop == sequence.num_prompt else None
@@ -366,16 +362,22 @@ class Scheduler:
         if sequence.prompt_logprobs:
             prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
         token_ids: tuple[int, ...] = ()
-        if result.token_id is not None:
-            token_ids = (result.token_id,)
-            tokens.append(result.token_id)
+        if token_id is not None:
+            token_ids = (token_id,)
+            tokens.append(token_id)
             self.counters.generation_tokens += 1
         finish = _finish(sequence)
         if finish is not None:
             self._remove(sequence)
-        logprobs = () if result.logprobs is None else (result.logprobs,)
-        request_id = sequence.request.request_id
-        return TokenDelta(request_id, sequence.index, token_ids, logprobs, finish, cached_tokens, prompt_logprobs)
+        return TokenDelta(
+            sequence.request.request_id,
+            sequence.index,
+            token_ids,
+            () if logprobs is None else (logprobs,),
+            finish,
+            cached_tokens,
+            prompt_logprobs,
+        )
 
     def _count_step(self, plan: StepPlan) -> None:
         counters, num_tokens = self.counters, plan.num_tokens

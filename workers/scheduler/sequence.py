@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from protos.messages import PositionLogprobs, Request
 from workers.kv.cache import PageTable
+from workers.model.greedy import is_plain
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +33,7 @@ class Sequence:
     min_length: int = field(init=False)  # tokens, prompt included, before a stop token may end it
     max_length: int = field(init=False)  # tokens, prompt included
     wants_output: bool = field(init=False)
+    wants_logits: bool = field(init=False)  # the largest logit's token alone does not do where one is sampled
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
@@ -39,6 +41,7 @@ class Sequence:
         self.min_length = self.num_prompt + max(1, sampling.min_tokens)
         self.max_length = self.num_prompt + sampling.max_tokens
         self.wants_output = sampling.max_tokens > 0
+        self.wants_logits = sampling.logprobs is not None or not is_plain(sampling)
 
     @property
     def num_output(self) -> int:

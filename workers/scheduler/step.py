@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from protos.messages import PositionLogprobs
 from workers.kv.cache import PageCopy
-from workers.scheduler.sequence import Sequence
+from workers.scheduler.sequence import Sequence as RunningSequence
 
 
 class Chunk(NamedTuple):
     """The next tokens of one sequence that this step computes, and which of their logits are wanted."""
 
-    sequence: Sequence
+    sequence: RunningSequence
     start: int  # position of the first token
     num_tokens: int
     first_scored_row: int  # positions [first_scored_row, num_scored_rows + it) give prompt log-probabilities
@@ -31,17 +32,19 @@ class StepPlan:
 
     chunks: tuple[Chunk, ...]
     copies: tuple[PageCopy, ...]
-    started: tuple[Sequence, ...]  # run for the first time
+    started: tuple[RunningSequence, ...]  # run for the first time
+    num_tokens: int  # of all chunks
     leaves_prompt: bool = False  # prompt tokens that could not be taken any more wait for another step
 
-    @property
-    def num_tokens(self) -> int:
-        return sum([chunk.num_tokens for chunk in self.chunks])
 
+class ChunkResults(NamedTuple):
+    """What computing a plan's chunks gave, in their order: columns, as most steps fill the first alone."""
 
-class ChunkResult(NamedTuple):
-    """What computing a chunk gave."""
+    token_ids: Sequence[int | None]  # None where nothing was to be sampled
+    logprobs: Sequence[PositionLogprobs | None]
+    prompt_logprobs: Sequence[tuple[PositionLogprobs, ...]]
 
-    token_id: int | None = None
-    logprobs: PositionLogprobs | None = None
-    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    @classmethod
+    def of_tokens(cls, token_ids: Sequence[int | None]) -> ChunkResults:
+        """Without log-probabilities."""
+        return cls(token_ids, [None] * len(token_ids), [()] * len(token_ids))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from protos.messages import Request, Sampling
 from tests.workers.kernels.stream import (
     Growth,
     Stream,
@@ -21,11 +22,17 @@ from tests.workers.kernels.stream import (
     torch_model,
 )
 from tests.workers.model.tiny import CPU, VOCAB_SIZE, save_tiny
+from workers.attention.cost import DEFAULT_COST, Corrected
+from workers.attention.planner import Planner, SharingMode
 from workers.attention.protocol import Segment, SegmentKind, StepBatch
 from workers.kernels.library import Library
+from workers.kv.cache import KVCache
+from workers.model.batch import BatchBuilder
 from workers.model.decoder import Decoder
 from workers.model.layers import Linear
 from workers.model.loader import load_decoder
+from workers.scheduler.scheduler import Limits, Scheduler
+from workers.scheduler.step import ChunkResults
 
 # Relative to the largest logit. Both sides round to 24 bits; their sums have up to 400 terms, three layers deep.
 FP32_TOLERANCE = 1e-4
@@ -140,7 +147,7 @@ class Prompt:
         tokens = random_tokens(self.num_tokens, self.decoder.config.vocab_size)
         model = native_model(self.library, self.decoder, kv, threads=threads)
         scores = model.forward(Stream(kv).batch({"only": tokens}, rows), with_logits=with_logits)
-        return scores.greedy, scores.logits
+        return torch.tensor(scores.greedy, dtype=torch.int64), scores.logits
 
     def logits(self, rows: Sequence[int]) -> Tensor:
         logits = self.scores(rows)[1]
@@ -219,7 +226,7 @@ def test_the_first_of_equal_logits_is_greedy(library: Library, load: Load, threa
         scores = model.forward(Stream(kv).batch({"only": tokens}), with_logits=True)
         assert scores.logits is not None
         assert torch.equal(scores.logits[:, :700], scores.logits[:, -700:])
-        assert torch.equal(scores.greedy, once)
+        assert scores.greedy == once.tolist()
 
 
 def test_equal_logits_everywhere_give_the_first_token(library: Library, load: Load) -> None:
@@ -305,3 +312,34 @@ def test_an_index_out_of_bounds_is_refused_and_costs_nothing(
     assert logits[0] is not None
     assert logits[1] is not None
     assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("mode", ["never", "root"])
+def test_a_batch_that_moves_on_is_computed_as_a_new_one(generic: Library, load: Load, mode: SharingMode) -> None:
+    """Over the ends of pages, with one sequence that leaves on the way."""
+    decoder = load("llama", torch.float32)
+
+    def logits(*, goes_on: bool) -> list[Tensor]:
+        kv = kv_shape(decoder)
+        model = native_model(generic, decoder, kv)
+        cache = KVCache(num_pages=kv.num_pages, page_size=kv.page_size)
+        scheduler = Scheduler(Limits(512, 8, 8, 512), cache, frozenset())
+        cost = Corrected(DEFAULT_COST)
+        for index, num_tokens in enumerate((80, 45, 80)):
+            prompt = random_tokens(70, VOCAB_SIZE)[:64] + random_tokens(20 + index, VOCAB_SIZE, seed=index)
+            scheduler.add(Request(f"{index}", tuple(prompt), Sampling(seed=0, max_tokens=num_tokens)))
+        found: list[Tensor] = []
+        builder = None
+        while scheduler.has_work:
+            if builder is None or not goes_on:
+                planner = Planner(cost, kv.page_size, mode=mode)
+                builder = BatchBuilder(planner, cost, cache, page_size=kv.page_size, device=CPU)
+            plan = scheduler.plan()
+            scores = model.forward(builder.build(plan), with_logits=True)
+            assert scores.logits is not None
+            found.append(scores.logits)
+            scheduler.commit(plan, ChunkResults.of_tokens(scores.greedy))
+        return found
+
+    moved, anew = logits(goes_on=True), logits(goes_on=False)
+    assert all(torch.equal(*pair) for pair in zip(moved, anew, strict=True))

@@ -8,7 +8,8 @@ import torch
 
 from protos.messages import Sampling
 from workers.model.draws import draw_key, exponential
-from workers.model.sampler import Row, is_plain, position_logprobs, sample
+from workers.model.greedy import is_plain
+from workers.model.sampler import Row, position_logprobs, sample
 
 VOCAB = 50
 CPU = torch.device("cpu")

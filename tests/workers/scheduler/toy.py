@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from protos.messages import Finish, Request, Sampling, TokenDelta
 from workers.kv.cache import KVCache
 from workers.scheduler.scheduler import Limits, Scheduler
-from workers.scheduler.step import ChunkResult, StepPlan
+from workers.scheduler.step import ChunkResults, StepPlan
 
 VOCAB = 5
 EOS = 99
@@ -64,7 +64,7 @@ class Toy:
     def slot(self, page: int, offset: int) -> int:
         return page * self.cache.page_size + offset
 
-    def compute(self, plan: StepPlan) -> list[ChunkResult]:
+    def compute(self, plan: StepPlan) -> ChunkResults:
         """Write every chunk, then read what each row would attend to."""
         size = self.cache.page_size
         for chunk in plan.chunks:
@@ -72,15 +72,14 @@ class Toy:
                 page = chunk.sequence.table.pages[position // size]
                 self.store[self.slot(page, position % size)] = tuple(chunk.sequence.tokens[: position + 1])
                 self.num_computed += 1
-        results = []
+        token_ids = []
         for chunk in plan.chunks:
             tokens, pages = chunk.sequence.tokens, chunk.sequence.table.pages
             for position in range(chunk.stop):
                 held = self.store[self.slot(pages[position // size], position % size)]
                 assert held == tuple(tokens[: position + 1]), "a row would attend to another prefix"
-            token = oracle(tokens, chunk.sequence.index) if chunk.samples else None
-            results.append(ChunkResult(token))
-        return results
+            token_ids.append(oracle(tokens, chunk.sequence.index) if chunk.samples else None)
+        return ChunkResults.of_tokens(token_ids)
 
 
 def expected(prompt: Sequence[int], num_tokens: int, index: int = 0) -> list[int]:
