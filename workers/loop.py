@@ -104,6 +104,7 @@ class EngineLoop:
         self._load = engine.load()
         self._stats = engine.stats()
         self._stats_taken = time.monotonic()
+        self._stats_of: frozenset[str] = frozenset()  # who was live then
         self._step_began: float | None = None
         self._num_steps = 0
         self._num_failed_steps = 0
@@ -121,7 +122,7 @@ class EngineLoop:
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's totals after the last step, or while it is busy, after one in the last STATS_AGE_S seconds."""
+        """The engine's totals after the last step; while the same requests run, up to STATS_AGE_S old."""
         return self._stats
 
     @property
@@ -182,11 +183,11 @@ class EngineLoop:
             self._send(outgoing)
 
     def _look(self) -> None:
-        """Note the engine's state: the load for the step's frames, and its totals if they have grown old."""
+        """Note the engine's state: the load for the step's frames, and old totals, or those of other requests, anew."""
         self._load = self._engine.load()
         now = time.monotonic()
-        if not self._live or now - self._stats_taken > STATS_AGE_S:
-            self._stats, self._stats_taken = self._engine.stats(), now
+        if now - self._stats_taken > STATS_AGE_S or self._live.keys() != self._stats_of:
+            self._stats, self._stats_taken, self._stats_of = self._engine.stats(), now, frozenset(self._live)
 
     def _wait_for_work(self) -> bool:
         with self._wake:

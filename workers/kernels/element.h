@@ -68,6 +68,12 @@ constexpr long place_in_panel(int step, int column) {
   return (long(tile) * side * side + step % side * side + column % side) * depth;
 }
 
+// Steps of a column that lie at equal distances, and these distances in elements.
+template <class T>
+constexpr int kRunSteps = kHasTiles<T> ? 16 : 1 << 20;
+template <class T>
+constexpr int kRunStride = (kHasTiles<T> ? 16 : kPanel) * Element<T>::kDepth;
+
 template <class T>
 constexpr int kStepBytes = kPanel * Element<T>::kDepth * int(sizeof(T));  // 128 either way
 

@@ -133,7 +133,7 @@ void multiply_panels(const Product<T>& p, int row, int num_rows, Share share, in
 }  // namespace kernel
 
 template <class T>
-void multiply(const Product<T>& p, int num_rows) {
+void multiply_vectors(const Product<T>& p, int num_rows) {
   const int num_groups = (num_rows + kRows - 1) / kRows;
   for (int group = 0, row = 0; group < num_groups; group++) {
     const int end = num_rows * (group + 1) / num_groups;
@@ -245,8 +245,8 @@ __attribute__((always_inline)) inline void multiply_wide(const Product<Bf16>& p,
 
 }  // namespace kernel
 
-// The product in tiles. `meanwhile(tiles)` is called for each pair of tiles of a panel that is multiplied: what it does
-// runs beside the tiles. Nothing is fetched but by it.
+// In tiles, `meanwhile(tiles)` is called for each pair of tiles of a panel that is multiplied: what it does runs beside
+// them. Nothing is fetched but by it.
 template <class Meanwhile>
 __attribute__((always_inline)) inline void multiply_tiles(const Product<Bf16>& p, int num_rows, Meanwhile& meanwhile) {
   int row = 0;
@@ -258,35 +258,15 @@ __attribute__((always_inline)) inline void multiply_tiles(const Product<Bf16>& p
   if (panel < p.num_panels) kernel::multiply_wide<1>(p, row, panel, meanwhile);
 }
 
-// Walks through the memory that a product is to fetch, a pair of tiles at a time.
-class Fetcher {
- public:
-  explicit Fetcher(const Product<Bf16>& p)
-      : next_(p.next),
-        per_panel_(p.num_steps / kernel::kTileSteps),
-        left_(p.next != nullptr ? p.num_blocks * p.num_panels : 0) {}
-
-  void operator()(const Bf16*) {
-    if (left_ == 0) return;
-    prefetch(*next_ + long(done_) * 2 * kernel::kTileSize, kernel::kPairBytes);
-    if (++done_ < per_panel_) return;
-    done_ = 0;
-    next_++;
-    left_--;
-  }
-
- private:
-  const Bf16* const* next_;
-  int per_panel_, left_;
-  int done_ = 0;  // of the panel's pairs
-};
-
-template <>
-inline void multiply<Bf16>(const Product<Bf16>& p, int num_rows) {
-  Fetcher fetcher(p);
-  multiply_tiles(p, num_rows, fetcher);
-}
-
 #endif
+
+// The product of num_rows rows, in tiles where there are some: see multiply_tiles.
+template <class T, class Meanwhile>
+void multiply(const Product<T>& p, int num_rows, [[maybe_unused]] Meanwhile& meanwhile) {
+#if defined(HEADWATER_AMX)
+  if constexpr (kHasTiles<T>) return multiply_tiles(p, num_rows, meanwhile);
+#endif
+  multiply_vectors(p, num_rows);
+}
 
 }  // namespace headwater

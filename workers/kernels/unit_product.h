@@ -59,7 +59,7 @@ void multiply_by_columns(const UnitProduct<T>& p, const Finish& finish) {
     }
     Product<T> block = block_of(p, unit.row, panels, num_panels, p.sums);
     if (!is_streamed) block.next = next;
-    multiply(block, p.num_rows());
+    multiply_vectors(block, p.num_rows());
     for (int row = 0; row < p.num_rows(); row++)
       for (int i = 0; i < num_columns; i++)
         finish(unit.row + row, column + i, p.sums + (long(row) * num_panels + i * p.group) * kPanel);
