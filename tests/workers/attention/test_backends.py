@@ -377,6 +377,23 @@ def test_scores_of_plus_and_minus_eighty(duel: Duel, suffix_sign: int) -> None:
     attend(script.grow(*zip(leaves, (1, 3, 20, script.draft(6)), strict=True)), suffix_sign)
 
 
+@pytest.mark.parametrize("slope", [-20, 20])
+def test_scores_that_climb_or_fall_along_the_keys(duel: Duel, slope: int) -> None:
+    """Sums that were begun at a low score are brought in line again and again, those at a high one never."""
+    duel.fp32_tolerance = 40 * 20 * 8 * torch.finfo(torch.float32).eps  # scores are rounded that coarsely
+    num_rows = min(40 * 16, 16 * duel.page_size)
+    script, sequence = duel.script(21), Grown()
+    for grown in (num_rows, 1, 3):
+        step = script.grow((sequence, grown))
+        duel.backend.begin(step)
+        duel.reference.begin(step)
+        query, key, value = duel.inputs(grown)
+        level = step.positions.div(16, rounding_mode="floor") * slope / duel.shape.head_dim**0.5
+        query = query * 0.1 + 1
+        key = key * 0.1 + level[:, None, None]
+        assert duel.attend(0, query.to(duel.dtype), key.to(duel.dtype), value).isfinite().all()
+
+
 def test_copied_page_holds_the_source_in_every_layer(backend_name: str) -> None:
     duel = make_duel(backend_name, num_layers=2)
     size = duel.page_size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,10 @@ def random_heads(num_rows: int, num_heads: int, dtype: torch.dtype, seed: int) -
     return torch.randn(num_rows, num_heads, KV.head_dim, generator=generator).to(dtype)
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def inputs(num_rows: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     query = random_heads(num_rows, 6, dtype, seed)
     return query, random_heads(num_rows, 2, dtype, seed + 1), random_heads(num_rows, 2, dtype, seed + 2)
@@ -47,6 +53,19 @@ def test_a_store_that_no_machine_holds(library: Library) -> None:
     attention.begin(batch(range(1), ()))
     with pytest.raises(RuntimeError, match="bad_alloc"):
         attention.attend(0, *(torch.zeros(1, 64, 128) for _ in range(3)), window=None)
+
+
+def test_the_store_is_claimed_when_it_is_made(library: Library) -> None:
+    """The first step that writes to a page does not wait for the system to find it."""
+    shape = KVShape(num_layers=2, num_pages=1024, page_size=32, num_kv_heads=4, head_dim=64)
+    num_bytes = 2 * shape.num_layers * shape.num_pages * shape.page_size * shape.num_kv_heads * shape.head_dim * 4
+    before = resident_bytes()
+    attention = NativeAttention(library, shape, dtype=torch.float32, threads=1)
+    rows = batch(range(1), (Segment(0, 1, (0,), 0, 1),))
+    attention.begin(rows)
+    heads = torch.zeros(1, 4, 64)
+    attention.attend(0, heads, heads, heads, window=None)
+    assert resident_bytes() - before >= 0.9 * num_bytes
 
 
 def test_a_handle_that_cannot_be_made_is_none(generic: Library) -> None:
