@@ -281,7 +281,9 @@ class Attention {
       const int first = i % num_blocks * kTileBlock;
       return item_of(run, i / num_blocks, first, std::min(kTileBlock, run.num_queries - first), i % 2, scratch);
     };
-    const auto queries_of = [&](const Item& item) { return run.queries + long(item.weighed.query) * shape_.padded_dim(); };
+    const auto queries_of = [&](const Item& item) {
+      return run.queries + long(item.weighed.query) * shape_.padded_dim();
+    };
     auto idle = [](const T*) {};
     Item before{}, now = item(0);
     Fetch fetch;

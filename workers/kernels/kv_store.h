@@ -42,7 +42,8 @@ class KVStore {
   void write_key(int layer, long slot, int head, const T* key) {
     constexpr int depth = Element<T>::kDepth, run = kRunSteps<T>;
     const int place = int(slot % shape_.page_size);
-    T* const panel = page(layer, int(slot / shape_.page_size), head) + long(place / kPanel) * kPanel * shape_.padded_dim();
+    T* const keys = page(layer, int(slot / shape_.page_size), head);
+    T* const panel = keys + long(place / kPanel) * kPanel * shape_.padded_dim();
     for (int d = 0; d < shape_.head_dim; d += run * depth) {
       T* const to = panel + place_in_panel<T>(d / depth, place % kPanel);
       const int num_steps = std::min(run, (shape_.head_dim - d) / depth);
@@ -55,7 +56,8 @@ class KVStore {
     const int place = int(slot % shape_.page_size);
     T* const values = page(layer, int(slot / shape_.page_size), head) + half_ + place % depth;
     for (int d = 0; d < shape_.head_dim; d += side) {
-      T* const to = values + long(d / kPanel) * kPanel * shape_.page_size + place_in_panel<T>(place / depth, d % kPanel);
+      T* const panel = values + long(d / kPanel) * kPanel * shape_.page_size;
+      T* const to = panel + place_in_panel<T>(place / depth, d % kPanel);
       const int num_dims = std::min(side, shape_.head_dim - d);
       for (int i = 0; i < num_dims; i++) to[i * depth] = value[d + i];
     }

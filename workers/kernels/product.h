@@ -161,7 +161,7 @@ constexpr int kPairBytes = 16 * kStepBytes<Bf16>;     // the two tiles that are 
 
 // Up to 32 rows with one panel: two tiles of rows by two of columns.
 template <class Meanwhile>
-__attribute__((always_inline)) inline void multiply_tall(const Product<Bf16>& p, int row, int panel, Meanwhile& meanwhile) {
+INLINE inline void multiply_tall(const Product<Bf16>& p, int row, int panel, Meanwhile& meanwhile) {
   const Bf16* a = p.a + long(row) * p.lda;
   const Bf16* a_low = a + long(kTileRows) * p.lda;
   float* const c = p.c + long(row) * p.ldc + panel * kPanel;
@@ -200,7 +200,7 @@ __attribute__((always_inline)) inline void multiply_tall(const Product<Bf16>& p,
 
 // Up to 16 rows with one panel or two: a tile of rows by two or four of columns.
 template <int kNumPanels, class Meanwhile>
-__attribute__((always_inline)) inline void multiply_wide(const Product<Bf16>& p, int row, int panel, Meanwhile& meanwhile) {
+INLINE inline void multiply_wide(const Product<Bf16>& p, int row, int panel, Meanwhile& meanwhile) {
   const Bf16* a = p.a + long(row) * p.lda;
   float* const c = p.c + long(row) * p.ldc + panel * kPanel;
   const long a_stride = p.lda * 2l, c_stride = p.ldc * 4l;
@@ -248,7 +248,7 @@ __attribute__((always_inline)) inline void multiply_wide(const Product<Bf16>& p,
 // In tiles, `meanwhile(tiles)` is called for each pair of tiles of a panel that is multiplied: what it does runs beside
 // them. Nothing is fetched but by it.
 template <class Meanwhile>
-__attribute__((always_inline)) inline void multiply_tiles(const Product<Bf16>& p, int num_rows, Meanwhile& meanwhile) {
+INLINE inline void multiply_tiles(const Product<Bf16>& p, int num_rows, Meanwhile& meanwhile) {
   int row = 0;
   for (; num_rows - row > kernel::kTileRows; row += 2 * kernel::kTileRows)
     for (int panel = 0; panel < p.num_panels; panel++) kernel::multiply_tall(p, row, panel, meanwhile);

@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// Into the loop around the tiles: what a call passes would go through memory at every step.
+#define INLINE __attribute__((always_inline))
+
 namespace headwater {
 
 #if defined(__AVX512F__)

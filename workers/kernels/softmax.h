@@ -43,7 +43,11 @@ template <class T>
 class Softmax {
  public:
   explicit Softmax(int max_queries)
-      : base_(max_queries), sums_(size_t(max_queries) * kLanes), first_(max_queries), limit_(max_queries), mask_(max_queries) {}
+      : base_(max_queries),
+        sums_(size_t(max_queries) * kLanes),
+        first_(max_queries),
+        limit_(max_queries),
+        mask_(max_queries) {}
 
   Running running(int query) const { return {base_[query], sum_of(load(sums_.data() + long(query) * kLanes))}; }
 

@@ -1,7 +1,7 @@
 // The product of one unit: some rows with some columns of a matrix, and what becomes of its sums.
 //
-// A column is one panel, or a group of panels that are finished together: finish(row, column, sums) gets the sums of its
-// 32 columns, or of all 32 * group, while they are still in the nearest cache.
+// A column is one panel, or a group of panels that are finished together: finish(row, column, sums) gets the sums of
+// all its 32 * group columns while they are still in the nearest cache.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace headwater {
 constexpr int kStreamedRows = 6;  // up to so many rows wait for memory alone, and the processor fetches best by itself
 constexpr int kTogether = 4;      // panels that streamed rows take at once
 constexpr int kRowsInTiles = 32;  // of a block: two tiles
-constexpr int kMaxGroup = 16;     // panels
+constexpr int kMaxGroup = 64;     // panels: heads of up to 2,048 dims
 
 // Floats that a unit of at most `max_rows` rows needs for its sums.
 template <class T>
@@ -75,8 +75,8 @@ class Backlog {
   explicit Backlog(const Finish& finish) : finish_(finish) {}
 
   // num_calls: of finish_some, before the next block is done.
-  void put(const float* sums, int row, int num_rows, int column, int num_columns, int group, int num_calls) {
-    sums_ = const_cast<float*>(sums);
+  void put(float* sums, int row, int num_rows, int column, int num_columns, int group, int num_calls) {
+    sums_ = sums;
     row_ = row;
     end_ = row + num_rows;
     column_ = column;
@@ -89,7 +89,7 @@ class Backlog {
   void finish_all() { finish_until(end_); }
 
  private:
-  __attribute__((always_inline)) void finish_until(int end) {
+  INLINE void finish_until(int end) {
     for (; row_ < end; row_++)
       for (int i = 0; i < num_columns_; i++, sums_ += size_) finish_(row_, column_ + i, sums_);
   }
@@ -109,12 +109,13 @@ class Ahead {
   void operator()(const Bf16* tiles, bool streams) {
     if (streams) prefetch<true>(tiles + kAhead, kPairBytes);
     if (next_bytes_ == 0) return;
-    for (int i = 0; i < next_bytes_; i += 64 * 4) __builtin_prefetch((const char*)next_ + i, 0, 2);
+    for (int i = 0; i < next_bytes_; i += kSparse) prefetch(reinterpret_cast<const char*>(next_) + i, 1);
     next_ += next_bytes_ / int(sizeof(Bf16));
   }
 
  private:
   static constexpr int kAhead = 5 * kTileSize;  // elements
+  static constexpr int kSparse = 256;           // bytes: the processor fetches the lines in between by itself
   const Bf16* next_;
   int next_bytes_;  // per pair of tiles
 };
@@ -134,7 +135,7 @@ void multiply_in_tiles(const UnitProduct<Bf16>& p, const Finish& finish) {
     Ahead ahead(p.matrix.panel(column * p.group + num_panels), num_blocks);
     for (int row = unit.row; row < unit.end_row; row += kRowsInTiles) {
       const bool streams = num_blocks == 1 || (column == unit.column && row == unit.row);
-      auto meanwhile = [&](const Bf16* tiles) __attribute__((always_inline)) {
+      auto meanwhile = [&](const Bf16* tiles) INLINE {
         ahead(tiles, streams);
         backlog.finish_some();
       };
