@@ -60,10 +60,7 @@ class OutputText:
 
     def add(self, token_id: int) -> str | None:
         """The text one more token makes certain; None, and nothing is fed, if stop strings have to be looked for."""
-        if self._stops:
-            return None
-        certain = None if self._pending else self._texts.get(token_id)
-        return self._decode(token_id) if certain is None else certain
+        return None if self._stops else self._decode(token_id)
 
     def feed(self, token_ids: Sequence[int]) -> Piece:
         """Add tokens; returns the text that is now certain."""
