@@ -105,7 +105,7 @@ class OutputText:
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            at, stop = min(found, key=lambda match: match[0])
+            at, stop = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))  # complete first
             self._held = ""
             return text[:at], stop
         keep = max(_overlap(text, stop) for stop in self._stops)

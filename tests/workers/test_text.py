@@ -91,8 +91,16 @@ def test_any_cutting_gives_the_same_text(tokenizer: Tokenizer, text: str, stops:
         if stopped := piece.stop is not None:
             break
     seen += "" if stopped else stream.flush()
-    first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
-    assert seen == text[:first]
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert seen == text[: min(found)[1] if found else len(text)]  # the stop string that is complete first
+
+
+def test_the_stop_string_that_is_complete_first_counts_however_tokens_are_cut(tokenizer: Tokenizer) -> None:
+    whole = [tokenizer.encode("))").ids, tokenizer.encode(")").ids * 2]
+    assert len(whole[0]) == 1  # both stop strings in one token
+    for ids in whole:
+        piece = output(tokenizer, "x))", ")").feed([*tokenizer.encode("x").ids, *ids])
+        assert (piece.text, piece.stop) == ("x", ")")
 
 
 @given(text=st.text(alphabet="ab<>é😀", max_size=20), cut=st.integers(0, 30))
