@@ -6,7 +6,7 @@ What is made for every token or step is a tuple: that costs a fraction of what a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -101,6 +101,19 @@ class Delta(NamedTuple):
     finish: Finish | None = None
     cached_tokens: int | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Successive deltas of one output as one. At least one, in order; a finish can only be on the last."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return deltas[0]._replace(
+        text="".join([delta.text for delta in deltas]),
+        token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
+        logprobs=tuple([position for delta in deltas for position in delta.logprobs]),
+        finish=deltas[-1].finish,
+        prompt_logprobs=tuple([position for delta in deltas for position in delta.prompt_logprobs]),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,12 +78,12 @@ class SessionsSection(Section):
 
 
 class StreamingSection(Section):
-    """How tokens are put together into messages. A first token and an end never wait."""
+    """How tokens are put together into messages. An output's first tokens and its end never wait."""
 
     messages_per_s: float = Field(
-        default=1500.0, gt=0, description="Messages of all streams together; beyond, tokens share messages."
+        default=1000.0, gt=0, description="Messages of all streams together; beyond, tokens share messages."
     )
-    max_interval_s: float = Field(default=0.05, ge=0, description="Longest that a token waits for others, seconds.")
+    max_interval_s: float = Field(default=0.1, ge=0, description="Longest that a token waits for others, seconds.")
 
 
 class RouterConfig(Section):

@@ -29,6 +29,7 @@ class Fleet:
         self._members: dict[str, Session] = {}
         self._retired: set[Session] = set()
         self._model: ModelInfo | None = None
+        self._interval_s = 0.0
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -64,6 +65,12 @@ class Fleet:
                 self._members[worker_id] = self._connect(worker_id, address)
         self._on_change()
 
+    def pace(self, interval_s: float) -> None:
+        """Have every worker leave this many seconds between two messages."""
+        self._interval_s = interval_s
+        for session in (*self._members.values(), *self._retired):
+            session.pace(interval_s)
+
     async def close(self) -> None:
         """End all sessions now."""
         sessions = [*self._members.values(), *self._retired]
@@ -77,7 +84,7 @@ class Fleet:
             session.check()
 
     def _connect(self, worker_id: str, address: str) -> Session:
-        return Session(
+        session = Session(
             worker_id,
             address,
             config=self._config,
@@ -85,6 +92,8 @@ class Fleet:
             metrics=self._metrics,
             on_change=self._on_change,
         )
+        session.pace(self._interval_s)
+        return session
 
     def _retire(self, session: Session) -> None:
         self._retired.add(session)

@@ -89,7 +89,7 @@ class Inference(pb_grpc.InferenceServicer):
         self._admission.admit(group)
         try:
             with self._pacer.stream():
-                while (response := await stream.next_response(self._pacer.interval_s)) is not None:
+                while (response := await stream.next_response()) is not None:
                     await context.write(response)
         finally:
             self._admission.release(group)

@@ -101,7 +101,7 @@ class _Running:
             admission=self._admission,
             fleet=self.fleet,
             metrics=self._metrics,
-            pacer=Pacer(config.streaming),
+            pacer=Pacer(config.streaming, self.fleet.pace),
             router_id=identity.router_id,
         )
         self._server = grpc.aio.server(

@@ -1,7 +1,7 @@
 """One worker's session: a bidirectional stream that carries all of this router's requests to it.
 
-Stands between admission, which submits, and the streams, which receive. Down come a hello, one frame per engine step
-and heartbeats; up go packed groups and cancels. A worker that closes, breaks or falls silent is lost: every request it
+Stands between admission, which submits, and the streams, which receive. Down come a hello, frames with what engine steps
+made and heartbeats; up go packed groups, cancels and how often frames should come. A worker that closes, breaks or falls silent is lost: every request it
 held ends in exactly one WorkerLost, and the session connects anew while the worker is a member.
 """
 
@@ -29,6 +29,7 @@ from router.stream import Stream
 
 TOKEN_METADATA = "headwater-session-token"
 ROUTER_METADATA = "headwater-router-id"
+PACE_SLACK = 1.25  # an interval is told again when it has changed by this factor
 WATCHDOG_TICKS = 4  # silence is counted in ticks of our own clock, so that a pause of this process is not the worker's
 
 SessionState = Literal["connecting", "ready", "draining"]
@@ -88,6 +89,8 @@ class Session:
         self._live: dict[str, Stream] = {}
         self._submits: list[session_pb.Submit] = []
         self._cancels: list[str] = []
+        self._interval_s = 0.0  # wanted between two frames
+        self._told_s = 0.0  # what the worker knows of it
         self._outgoing = asyncio.Event()
         self._retiring = False
         self._leave = asyncio.Event()
@@ -133,6 +136,12 @@ class Session:
         self._forget(request_id)
         self._send_cancel(request_id)
         self._changed()
+
+    def pace(self, interval_s: float) -> None:
+        """Have the worker leave this many seconds between two frames, as long as tokens can wait."""
+        self._interval_s = interval_s
+        if not self._told_s / PACE_SLACK <= interval_s <= self._told_s * PACE_SLACK:
+            self._outgoing.set()
 
     def retire(self) -> None:
         """The worker left the membership: no new work; the session ends with its last request."""
@@ -248,6 +257,7 @@ class Session:
         self.model, self.load = None, Load()
         self._submits.clear()
         self._cancels.clear()
+        self._told_s = 0.0  # a new connection begins with none
         self._outgoing.clear()
         self._changed()
 
@@ -258,6 +268,9 @@ class Session:
         submits, self._submits = self._submits, []
         cancels, self._cancels = self._cancels, []
         frame = session_pb.RouterFrame(cancel=[session_pb.Cancel(request_id=request_id) for request_id in cancels])
+        if self._told_s != self._interval_s:
+            self._told_s = self._interval_s
+            frame.interval_us = round(self._told_s * 1e6)
         frame_bytes = frame.ByteSize()
         for submit in submits:
             submit_bytes = submit.ByteSize()
@@ -266,7 +279,7 @@ class Session:
                 frame, frame_bytes = session_pb.RouterFrame(), 0
             frame.submit.append(submit)
             frame_bytes += submit_bytes
-        if frame.submit or frame.cancel:
+        if frame.submit or frame.cancel or frame.HasField("interval_us"):
             yield frame
 
     def _receive(self, frame: session_pb.WorkerFrame) -> None:
@@ -287,6 +300,7 @@ class Session:
             raise SessionLost("protocol", f"it serves {hello.model!r} instead of {self._identity.model_name!r}")
         self.model = ModelInfo(hello.model, hello.max_context, hello.vocab_size)
         self.load = load_from_proto(hello.load)
+        self.pace(self._interval_s)
         logger.info("worker %s at %s is connected", self.worker_id, self.address)
         self._changed()
 

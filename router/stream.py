@@ -7,13 +7,12 @@ all its finishes or in one error, and whatever arrives later is dropped.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 
 from protos.convert import logprobs_to_proto, output_to_proto
 from protos.errors import EngineFailure, HeadwaterError
-from protos.messages import Delta, Finish, FinishReason, Request
+from protos.messages import Delta, Finish, FinishReason, Request, joined
 from protos.v1 import inference_pb2 as pb
 from router.metrics import WorkerSeries
 from router.policy import Work
@@ -59,9 +58,6 @@ class Stream:
         self._num_completion_tokens = 0
         self._written = False
         self._wake = asyncio.Event()
-        self._due = 0.0  # by the clock: no message sooner
-        self._last_response = -math.inf
-        self._alarm: asyncio.TimerHandle | None = None  # rings when the next message is due
 
     @property
     def ended(self) -> bool:
@@ -120,37 +116,19 @@ class Stream:
             if index not in self._finishes:
                 self._push(Delta(self.request.request_id, index, "", (), finish=Finish("abort")))
 
-    async def next_response(self, interval_s: float = 0.0) -> pb.GenerateResponse | None:
+    async def next_response(self) -> pb.GenerateResponse | None:
         """What is new since the last call, in one message; None after the end. Raises the error the stream ended in.
 
-        Returns no sooner than `interval_s` after the last message unless the stream has ended. A slow reader finds
-        everything that came meanwhile in one message; `max_tokens` bounds it.
+        A slow reader finds everything that came meanwhile in one message; `max_tokens` bounds it.
         """
-        self._due = self._last_response + interval_s
-        while not self._is_due():
+        while not self._pending and not self.ended:
             self._wake.clear()
             await self._wake.wait()
         if self._pending:
-            self._last_response = self._clock()
             return self._take()
         if self.error is not None:
             raise self.error
         return None
-
-    def _is_due(self) -> bool:
-        """Whether a message should leave now; if one should later, the reader will be woken then."""
-        if self.ended:
-            return True
-        if not self._pending:
-            return False
-        wait_s = self._due - self._clock()
-        if wait_s > 0 and self._alarm is None:
-            self._alarm = asyncio.get_running_loop().call_later(wait_s, self._ring)
-        return wait_s <= 0
-
-    def _ring(self) -> None:
-        self._alarm = None
-        self._wake.set()
 
     def _push(self, delta: Delta) -> None:
         self._pending.append(delta)
@@ -158,8 +136,7 @@ class Stream:
             self._finishes[delta.index] = delta.finish.reason
             if self.ended and self._series is not None:
                 self._series.e2e_latency.observe(self.age_s)
-        if self._alarm is None or self.ended:
-            self._wake.set()
+        self._wake.set()
 
     def _count(self, delta: Delta) -> None:
         if self._cached_tokens is None:
@@ -204,14 +181,4 @@ def coalesce(deltas: Sequence[Delta]) -> list[pb.OutputDelta]:
     by_index: dict[int, list[Delta]] = {}
     for delta in deltas:
         by_index.setdefault(delta.index, []).append(delta)
-    return [output_to_proto(_joined(of_output)) for of_output in by_index.values()]
-
-
-def _joined(deltas: Sequence[Delta]) -> Delta:
-    if len(deltas) == 1:
-        return deltas[0]
-    return deltas[-1]._replace(  # a finish is on the last
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        logprobs=tuple(position for delta in deltas for position in delta.logprobs),
-    )
+    return [output_to_proto(joined(of_output)) for of_output in by_index.values()]

@@ -1,6 +1,7 @@
 """The engine loop: one thread that owns the engine, steps it, and turns tokens into text.
 
-Sessions hand work in from the event loop and get one frame per step back; the event loop itself never waits for a step.
+Sessions hand work in from the event loop and get frames back, at most one per step; the event loop itself never waits
+for a step.
 Every request that was taken ends in exactly one finish per output, or in one failure.
 """
 
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from protos.errors import DeadlineExceeded, Draining, EngineFailure, HeadwaterEr
 from protos.messages import Delta, Failure, Load, Request, TokenDelta
 from workers.engine.protocol import Engine, EngineStats, StepResult
 from workers.metrics import WorkerMetrics
+from workers.outbox import Outbox
 from workers.text import OutputText, TokenTexts, to_delta
 
 log = logging.getLogger(__name__)
@@ -31,10 +33,10 @@ ENDED_DEADLINES = 1024  # deadlines of ended requests kept before they are clear
 
 
 class Frame(NamedTuple):
-    """What one step gave the requests of one session. Engine thread to event loop."""
+    """What the steps since the last frame gave the requests of one session. Engine thread to event loop."""
 
     session: int
-    step: int
+    step: int  # the latest
     deltas: tuple[Delta | Failure, ...]
     load: Load
 
@@ -48,7 +50,13 @@ class _Submitted:
 @dataclass(frozen=True, slots=True)
 class _Cancelled:
     session: int
-    request_id: str | None  # None: all of the session's
+    request_id: str | None  # None: all of the session's, which has ended
+
+
+@dataclass(frozen=True, slots=True)
+class _Paced:
+    session: int
+    interval_s: float
 
 
 @dataclass(slots=True)
@@ -66,18 +74,8 @@ class _Live:
     num_tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Outgoing:
-    """What one step has to say."""
-
-    by_session: dict[int, list[Delta | Failure]] = field(default_factory=dict)
-    waits: dict[float, int] = field(default_factory=dict)  # number of tokens, by seconds since the one before
-
-    def add(self, session: int, delta: Delta | Failure) -> None:
-        deltas = self.by_session.get(session)
-        if deltas is None:
-            deltas = self.by_session[session] = []
-        deltas.append(delta)
+_Command = _Submitted | _Cancelled | _Paced
+_Waits = dict[float, int]  # number of tokens, by seconds since the one before
 
 
 class EngineLoop:
@@ -97,9 +95,10 @@ class EngineLoop:
         self._metrics = metrics
         self._deliver = deliver
         self._stall_s = stall_s
-        self._inbox: deque[_Submitted | _Cancelled] = deque()
+        self._inbox: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._live: dict[str, _Live] = {}  # by the engine's id
+        self._outboxes: dict[int, Outbox] = {}  # by session
         self._deadlines: list[tuple[float, str]] = []
         self._load = engine.load()
         self._stats = engine.stats()
@@ -137,8 +136,12 @@ class EngineLoop:
         self._put(_Submitted(session, request))
 
     def cancel(self, session: int, request_id: str | None = None) -> None:
-        """Drop one request of a session, or all of them. Nothing comes back."""
+        """Drop one request of a session, or all of them, when it has ended. Nothing comes back."""
         self._put(_Cancelled(session, request_id))
+
+    def pace(self, session: int, interval_s: float) -> None:
+        """Let a session's tokens wait for others, but for an output's first and last: a frame every `interval_s`."""
+        self._put(_Paced(session, interval_s))
 
     def drain(self) -> None:
         """Refuse new requests from now on; live ones go on."""
@@ -162,7 +165,7 @@ class EngineLoop:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def _put(self, command: _Submitted | _Cancelled) -> None:
+    def _put(self, command: _Command) -> None:
         with self._wake:
             self._inbox.append(command)
             self._wake.notify()
@@ -171,16 +174,15 @@ class EngineLoop:
 
     def _run(self) -> None:
         while self._wait_for_work():
-            outgoing = _Outgoing()
             try:
-                self._take_commands(outgoing)
-                self._expire(outgoing)
-                self._step(outgoing)
+                self._take_commands()
+                self._expire()
+                self._step()
                 self._look()
             except Exception as error:
                 log.exception("the engine loop failed")
-                self._break(f"the engine failed: {error}", outgoing)
-            self._send(outgoing)
+                self._break(f"the engine failed: {error}")
+            self._send()
 
     def _look(self) -> None:
         """Note the engine's state: the load for the step's frames, and old totals, or those of other requests, anew."""
@@ -195,18 +197,21 @@ class EngineLoop:
                 self._wake.wait()
             return not self._stopping
 
-    def _take_commands(self, outgoing: _Outgoing) -> None:
+    def _take_commands(self) -> None:
         while self._inbox:
             match self._inbox.popleft():
                 case _Submitted(session, request):
-                    self._accept(session, request, outgoing)
+                    self._accept(session, request)
+                case _Paced(session, interval_s):
+                    self._outbox(session).interval_s = interval_s
                 case _Cancelled(session, None):
                     for engine_id in [key for key, live in self._live.items() if live.session == session]:
                         self._drop(engine_id)
+                    self._outboxes.pop(session, None)
                 case _Cancelled(session, request_id):
                     self._drop(_engine_id(session, str(request_id)))
 
-    def _accept(self, session: int, request: Request, outgoing: _Outgoing) -> None:
+    def _accept(self, session: int, request: Request) -> None:
         engine_id = _engine_id(session, request.request_id)
         try:
             if self._broken is not None:
@@ -215,7 +220,7 @@ class EngineLoop:
                 raise Draining("this worker is shutting down; send the request again", retry_after_s=0.1)
             self._engine.submit(replace(request, request_id=engine_id))
         except HeadwaterError as error:
-            outgoing.add(session, Failure(request.request_id, type(error).__name__, error.message))
+            self._outbox(session).fail(Failure(request.request_id, type(error).__name__, error.message))
             return
         resumed = {point.index: point.token_ids for point in request.resume}
         outputs = {
@@ -230,21 +235,21 @@ class EngineLoop:
             heapq.heappush(self._deadlines, (request.deadline, engine_id))
             self._forget_ended_deadlines()
 
-    def _expire(self, outgoing: _Outgoing) -> None:
+    def _expire(self) -> None:
         now = time.time()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, engine_id = heapq.heappop(self._deadlines)
-            if live := self._live.get(engine_id):
-                self._drop(engine_id)
+            if live := self._live.pop(engine_id, None):
+                self._engine.cancel(engine_id)
                 message = "the deadline passed while the request ran; allow more time or ask for fewer tokens"
-                outgoing.add(live.session, Failure(live.request_id, DeadlineExceeded.__name__, message))
+                self._outbox(live.session).fail(Failure(live.request_id, DeadlineExceeded.__name__, message))
 
     def _forget_ended_deadlines(self) -> None:
         if len(self._deadlines) > ENDED_DEADLINES + 2 * len(self._live):
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
             heapq.heapify(self._deadlines)
 
-    def _step(self, outgoing: _Outgoing) -> None:
+    def _step(self) -> None:
         if not self._live:
             return
         self._step_began = began = time.monotonic()
@@ -256,21 +261,22 @@ class EngineLoop:
         for engine_id in result.started:
             if live := self._live.get(engine_id):
                 live.started = began
+        waits: _Waits = {}
         for delta in result.deltas:
-            self._emit(delta, now, outgoing)
-        for seconds, num_tokens in outgoing.waits.items():
+            self._emit(delta, now, waits)
+        for seconds, num_tokens in waits.items():
             self._metrics.next_tokens(seconds, num_tokens)
-        self._fail(result, outgoing)
+        self._fail(result)
 
-    def _emit(self, token_delta: TokenDelta, now: float, outgoing: _Outgoing) -> None:
+    def _emit(self, token_delta: TokenDelta, now: float, waits: _Waits) -> None:
         live = self._live.get(token_delta.request_id)
         output = live.outputs.get(token_delta.index) if live else None
         if live is None or output is None:
             return  # ended by a stop string while the engine was a step ahead
         delta = to_delta(token_delta, output, request_id=live.request_id)
         if delta.token_ids:
-            self._time_tokens(live, len(delta.token_ids), now, outgoing)
-        outgoing.add(live.session, delta)
+            self._time_tokens(live, len(delta.token_ids), now, waits)
+        self._outbox(live.session).add(delta)
         if delta.finish is None:
             return
         del live.outputs[delta.index]
@@ -280,13 +286,13 @@ class EngineLoop:
             del self._live[token_delta.request_id]
         self._observe_finish(live, delta, now)
 
-    def _time_tokens(self, live: _Live, num_tokens: int, now: float, outgoing: _Outgoing) -> None:
+    def _time_tokens(self, live: _Live, num_tokens: int, now: float, waits: _Waits) -> None:
         if live.last_token is None:
             live.first_token = now
             self._metrics.first_token(now - live.arrived)
         else:
             seconds = (now - live.last_token) / num_tokens
-            outgoing.waits[seconds] = outgoing.waits.get(seconds, 0) + num_tokens
+            waits[seconds] = waits.get(seconds, 0) + num_tokens
         live.last_token = now
         live.num_tokens += num_tokens
 
@@ -305,30 +311,41 @@ class EngineLoop:
             total_s=now - live.arrived,
         )
 
-    def _fail(self, result: StepResult, outgoing: _Outgoing) -> None:
+    def _fail(self, result: StepResult) -> None:
         for failure in result.failures:
             if live := self._live.pop(failure.request_id, None):
-                outgoing.add(live.session, replace(failure, request_id=live.request_id))
+                self._outbox(live.session).fail(replace(failure, request_id=live.request_id))
         self._num_failed_steps = self._num_failed_steps + 1 if result.failures else 0
         if self._num_failed_steps >= MAX_FAILED_STEPS:
-            self._break(f"{MAX_FAILED_STEPS} steps failed in a row", outgoing)
+            self._break(f"{MAX_FAILED_STEPS} steps failed in a row")
 
     def _drop(self, engine_id: str) -> None:
-        if self._live.pop(engine_id, None):
+        """Nobody waits for this request any more."""
+        if live := self._live.pop(engine_id, None):
             self._engine.cancel(engine_id)
+            if outbox := self._outboxes.get(live.session):
+                outbox.drop(live.request_id)
 
-    def _break(self, reason: str, outgoing: _Outgoing) -> None:
+    def _break(self, reason: str) -> None:
         """End every live request: the engine's state cannot be trusted any more."""
         self._broken = reason
         self._step_began = None
         for live in self._live.values():
-            outgoing.add(live.session, Failure(live.request_id, EngineFailure.__name__, reason))
+            self._outbox(live.session).fail(Failure(live.request_id, EngineFailure.__name__, reason))
         self._live.clear()
 
-    def _send(self, outgoing: _Outgoing) -> None:
-        if outgoing.by_session:
-            load = self.load
-            self._deliver([Frame(s, self._num_steps, tuple(deltas), load) for s, deltas in outgoing.by_session.items()])
+    def _outbox(self, session: int) -> Outbox:
+        outbox = self._outboxes.get(session)
+        if outbox is None:
+            outbox = self._outboxes[session] = Outbox()
+        return outbox
+
+    def _send(self) -> None:
+        now, load = time.monotonic(), self.load
+        taken = [(session, outbox.take(now)) for session, outbox in self._outboxes.items()]
+        frames = [Frame(session, self._num_steps, tuple(deltas), load) for session, deltas in taken if deltas]
+        if frames:
+            self._deliver(frames)
 
 
 def _engine_id(session: int, request_id: str) -> str:

@@ -1,7 +1,7 @@
 """The worker's session server: routers connect here, and an engine stands behind it.
 
-One bidirectional gRPC stream per router carries submits and cancels up, and one frame per engine step down. A session
-that ends cancels what it had submitted.
+One bidirectional gRPC stream per router carries submits and cancels up, and at most one frame per engine step down. A
+session that ends cancels what it had submitted.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ class WorkerServer:
                     self._engine.submit(session, convert.submit_from_proto(submit))
                 for cancel in frame.cancel:
                     self._engine.cancel(session, cancel.request_id)
+                if frame.HasField("interval_us"):
+                    self._engine.pace(session, frame.interval_us / 1e6)
         finally:
             queue.put_nowait(None)
 
