@@ -100,6 +100,7 @@ class ScriptedWorker(session_grpc.WorkerSessionServicer):
         self.submitted: list[Request] = []
         self.frame_sizes: list[int] = []  # requests per frame
         self.cancelled: list[str] = []
+        self.interval_us: int | None = None  # as last told
         self.metadata: dict[str, str | bytes] = {}
         self.num_sessions = 0
         self.silent = False
@@ -153,6 +154,8 @@ class ScriptedWorker(session_grpc.WorkerSessionServicer):
         out: asyncio.Queue[session_pb.WorkerFrame],
         running: dict[str, asyncio.Task[None]],
     ) -> None:
+        if frame.HasField("interval_us"):
+            self.interval_us = frame.interval_us
         if frame.submit:
             self.frame_sizes.append(len(frame.submit))
         for request in map(submit_from_proto, frame.submit):

@@ -1,98 +1,55 @@
-"""Tokens share messages when many streams write; first tokens and ends never wait."""
+"""Messages are shared among the streams that write: the router counts streams, and its workers keep the interval."""
 
 from __future__ import annotations
 
 import asyncio
-import time
+from collections.abc import Callable
+from typing import Any
 
-import pytest
-
-from protos.errors import WorkerLost
-from protos.messages import Delta, Finish, Request, Sampling
 from router.config import StreamingSection
 from router.pacer import Pacer
-from router.stream import Stream
-
-FOR_EVER_S = 3600.0
-
-
-@pytest.fixture
-def stream() -> Stream:
-    request = Request("a", (1, 2), Sampling(seed=0, max_tokens=8))
-    return Stream(request, client_id="a", model="m", created=time.monotonic())
-
-
-def token(position: int, *, finish: Finish | None = None) -> Delta:
-    return Delta("a", 0, f"t{position} ", (position,), finish=finish)
-
-
-async def test_the_first_token_leaves_at_once(stream: Stream) -> None:
-    stream.deliver(token(0))
-    response = await asyncio.wait_for(stream.next_response(FOR_EVER_S), 5)
-    assert response is not None
-    assert list(response.outputs[0].token_ids) == [0]
-
-
-async def test_later_tokens_share_a_message_and_keep_their_order(stream: Stream) -> None:
-    stream.deliver(token(0))
-    await stream.next_response(0.05)
-    left_at = time.monotonic()
-    reading = asyncio.create_task(stream.next_response(0.05))
-    for position in (1, 2, 3):
-        await asyncio.sleep(0)
-        stream.deliver(token(position))
-    response = await asyncio.wait_for(reading, 5)
-    assert response is not None
-    assert list(response.outputs[0].token_ids) == [1, 2, 3]
-    assert response.outputs[0].text == "t1 t2 t3 "
-    assert time.monotonic() - left_at >= 0.045  # an event loop's timer may be early by its resolution
-
-
-async def test_a_token_after_a_pause_leaves_at_once(stream: Stream) -> None:
-    stream.deliver(token(0))
-    await stream.next_response(0.01)
-    await asyncio.sleep(0.02)
-    stream.deliver(token(1))
-    response = await asyncio.wait_for(stream.next_response(0.01), 5)
-    assert response is not None
-    assert list(response.outputs[0].token_ids) == [1]
-
-
-async def test_an_end_does_not_wait(stream: Stream) -> None:
-    stream.deliver(token(0))
-    await stream.next_response(FOR_EVER_S)
-    reading = asyncio.create_task(stream.next_response(FOR_EVER_S))
-    stream.deliver(token(1))
-    await asyncio.sleep(0.02)
-    assert not reading.done()
-    stream.deliver(token(2, finish=Finish("length")))
-    response = await asyncio.wait_for(reading, 5)
-    assert response is not None
-    assert list(response.outputs[0].token_ids) == [1, 2]
-    assert response.usage.completion_tokens == 0  # no worker was placed, so none were counted
-    assert await stream.next_response(FOR_EVER_S) is None
-
-
-async def test_an_error_comes_after_what_was_made_and_does_not_wait(stream: Stream) -> None:
-    stream.deliver(token(0))
-    await stream.next_response(FOR_EVER_S)
-    stream.deliver(token(1))
-    stream.fail(WorkerLost("gone"))
-    response = await asyncio.wait_for(stream.next_response(FOR_EVER_S), 5)
-    assert response is not None
-    assert list(response.outputs[0].token_ids) == [1]
-    with pytest.raises(WorkerLost):
-        await stream.next_response(FOR_EVER_S)
+from tests.router.conftest import Cluster, until
+from tests.router.scripted_worker import hang
 
 
 def test_messages_are_shared_among_the_streams_that_write() -> None:
-    pacer = Pacer(StreamingSection(messages_per_s=100, max_interval_s=0.04))
-    assert pacer.interval_s == 0
+    told: list[float] = []
+    pacer = Pacer(StreamingSection(messages_per_s=100, max_interval_s=0.04), told.append)
     with pacer.stream():
-        assert pacer.interval_s == 0.01
+        assert pacer.interval_s == 0  # a stream alone has no other to share with
         with pacer.stream(), pacer.stream():
             assert pacer.interval_s == 0.03
             with pacer.stream(), pacer.stream():
                 assert pacer.interval_s == 0.04
-        assert pacer.interval_s == 0.01
-    assert pacer.interval_s == 0
+        assert pacer.interval_s == 0
+    assert told == [0.02, 0.03, 0.04, 0.03, 0.02, 0]
+
+
+async def test_workers_are_told_when_streams_come_and_go(start_cluster: Callable[..., Any]) -> None:
+    cluster: Cluster = await start_cluster()
+    worker = await cluster.add_worker("w0", hang(1))
+    client = await cluster.client()
+    reading = [asyncio.create_task(client.complete([5, 6])) for _ in range(40)]
+    await until(lambda: len(worker.submitted) == 40)
+    await until(lambda: worker.interval_us is not None and 32_000 <= worker.interval_us <= 40_000)
+    for task in reading:
+        task.cancel()
+    await asyncio.gather(*reading, return_exceptions=True)
+    await until(lambda: worker.interval_us == 0)
+
+
+async def test_a_worker_that_comes_later_is_told_too(start_cluster: Callable[..., Any]) -> None:
+    cluster: Cluster = await start_cluster()
+    first = await cluster.add_worker("w0", hang(1))
+    client = await cluster.client()
+    reading = [asyncio.create_task(client.complete([5, 6])) for _ in range(20)]
+    await until(lambda: len(first.submitted) == 20)
+    second = await cluster.add_worker("w1", hang(1))
+    await until(lambda: second.interval_us == 20_000)
+    await second.kill()
+    second.interval_us = None
+    await second.start()
+    await until(lambda: second.interval_us == 20_000)  # a new session knows nothing of the last one
+    for task in reading:
+        task.cancel()
+    await asyncio.gather(*reading, return_exceptions=True)

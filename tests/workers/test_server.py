@@ -35,6 +35,9 @@ class Session:
     async def cancel(self, request_id: str) -> None:
         await self.call.write(pb.RouterFrame(cancel=[pb.Cancel(request_id=request_id)]))
 
+    async def pace(self, interval_us: int) -> None:
+        await self.call.write(pb.RouterFrame(interval_us=interval_us))
+
     async def read(self) -> pb.WorkerFrame:
         frame = await asyncio.wait_for(self.call.read(), 5)
         assert isinstance(frame, pb.WorkerFrame)
@@ -104,6 +107,22 @@ async def test_sessions_do_not_see_each_other(target_dir: Path) -> None:
             deltas = await session.deltas("same")
             assert isinstance(deltas[0], Delta)
             assert deltas[0].token_ids == (next_token((number, 2, 3), 0, 0, 4096),)
+            await session.channel.close()
+
+
+async def test_a_paced_session_gets_the_same_tokens_in_fewer_frames(target_dir: Path) -> None:
+    async with running(target_dir, step_s=0.001) as (_, address):
+        hasty, paced = Session(address.session), Session(address.session)
+        await paced.pace(10_000_000)
+        for session in (hasty, paced):
+            await session.submit(request("a", max_tokens=40))
+        deltas = {session: await session.deltas("a") for session in (hasty, paced)}
+        expected = [next_token((1, 2, 3), 0, position, 4096) for position in range(40)]
+        for found in deltas.values():
+            assert [token for delta in found if isinstance(delta, Delta) for token in delta.token_ids] == expected
+        assert len(deltas[hasty]) == 40
+        assert [len(delta.token_ids) for delta in deltas[paced] if isinstance(delta, Delta)] == [1, 39]
+        for session in (hasty, paced):
             await session.channel.close()
 
 
