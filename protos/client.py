@@ -17,13 +17,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 import grpc
 
 from protos import errors
-from protos.convert import finish_from_proto, logprobs_from_proto
-from protos.messages import Finish, PositionLogprobs
+from protos.convert import finish_from_proto, logprobs_from_proto, speculation_to_proto
+from protos.messages import Finish, PositionLogprobs, Speculation
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
 
@@ -208,15 +208,20 @@ class Client:
         token_ids: Sequence[int] | None = None,
         model: str = "",
         request_id: str = "",
+        speculation: Speculation = "auto",
         **sampling: Any,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Continue a prompt: events as they come. `sampling` takes the fields of SamplingOptions.
 
+        `speculation` "off" has every token computed by itself: never another text, only another speed.
         Closing the iterator (`aclose`, or cancelling the task that reads it) cancels the request in the cluster.
         Raises InvalidParameter if both a text and token ids are given: the wire can carry only one of them.
         """
         request = pb.GenerateRequest(
-            request_id=request_id, model=model, sampling=_sampling_to_proto(SamplingOptions(**sampling))
+            request_id=request_id,
+            model=model,
+            sampling=_sampling_to_proto(SamplingOptions(**sampling)),
+            speculation=_speculation_to_proto(speculation),
         )
         _set_content(request, "prompt", prompt, token_ids)
         deadline = self._deadline()
@@ -240,10 +245,13 @@ class Client:
         token_ids: Sequence[int] | None = None,
         model: str = "",
         request_id: str = "",
+        speculation: Speculation = "auto",
         **sampling: Any,
     ) -> Completion:
         """Continue a prompt: the whole answer. Arguments and errors as for `generate`."""
-        events = self.generate(prompt, token_ids=token_ids, model=model, request_id=request_id, **sampling)
+        events = self.generate(
+            prompt, token_ids=token_ids, model=model, request_id=request_id, speculation=speculation, **sampling
+        )
         return _completion([event async for event in events])
 
     async def score(
@@ -377,6 +385,12 @@ def _sampling_to_proto(options: SamplingOptions) -> pb.SamplingParams:
         return pb.SamplingParams(**{name: value for name, value in fields.items() if value is not None})
     except (ValueError, TypeError, OverflowError) as error:
         raise errors.InvalidParameter(f"a sampling option has a value that cannot be sent: {error}") from None
+
+
+def _speculation_to_proto(speculation: Speculation) -> pb.Speculation.ValueType:
+    if speculation not in get_args(Speculation):
+        raise errors.InvalidParameter(f"speculation is {speculation!r}; give one of {', '.join(get_args(Speculation))}")
+    return speculation_to_proto(speculation)
 
 
 def _event(response: pb.GenerateResponse) -> GenerateEvent:

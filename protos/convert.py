@@ -20,6 +20,7 @@ from protos.messages import (
     Request,
     ResumePoint,
     Sampling,
+    Speculation,
 )
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import session_pb2 as session_pb
@@ -29,6 +30,13 @@ _REASON_TO_PROTO: MappingProxyType[FinishReason, pb.FinishReason.ValueType] = Ma
 )
 _REASON_FROM_PROTO: MappingProxyType[int, FinishReason] = MappingProxyType(
     {number: reason for reason, number in _REASON_TO_PROTO.items()}
+)
+
+_SPECULATION_TO_PROTO: MappingProxyType[Speculation, pb.Speculation.ValueType] = MappingProxyType(
+    {"auto": pb.SPECULATION_AUTO, "off": pb.SPECULATION_OFF}
+)
+_SPECULATION_FROM_PROTO: MappingProxyType[int, Speculation] = MappingProxyType(
+    {number: choice for choice, number in _SPECULATION_TO_PROTO.items()}
 )
 
 
@@ -43,6 +51,7 @@ def submit_to_proto(request: Request) -> session_pb.Submit:
         priority=request.priority,
         prompt_logprobs_from=request.prompt_logprobs_from or None,
         deadline=request.deadline or 0.0,
+        speculation=speculation_to_proto(request.speculation),
     )
 
 
@@ -57,7 +66,23 @@ def submit_from_proto(submit: session_pb.Submit) -> Request:
         prompt_logprobs_from=submit.prompt_logprobs_from,
         deadline=submit.deadline or None,
         resume=tuple(resume_from_proto(point) for point in submit.resume),
+        speculation=speculation_from_proto(submit.speculation),
     )
+
+
+def speculation_to_proto(speculation: Speculation) -> pb.Speculation.ValueType:
+    """The choice as a wire value."""
+    return _SPECULATION_TO_PROTO[speculation]
+
+
+def speculation_from_proto(value: int) -> Speculation:
+    """The choice from a wire value; one that was not made is "auto". Raises InvalidParameter for an unknown one."""
+    if value == pb.SPECULATION_UNSPECIFIED:
+        return "auto"
+    found = _SPECULATION_FROM_PROTO.get(value)
+    if found is None:
+        raise errors.InvalidParameter(f"speculation {value} is unknown; give SPECULATION_AUTO or SPECULATION_OFF")
+    return found
 
 
 def sampling_to_proto(sampling: Sampling) -> session_pb.ResolvedSampling:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
+Speculation = Literal["auto", "off"]  # whether tokens are drafted ahead: where it pays, or never
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Request:
     prompt_logprobs_from: int = 0  # first prompt position whose log-probability is wanted
     deadline: float | None = None  # seconds since the epoch
     resume: tuple[ResumePoint, ...] = ()
+    speculation: Speculation = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import grpc
 
 from protos import errors
+from protos.convert import speculation_from_proto
 from protos.messages import ModelInfo, Request, Sampling
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
@@ -137,6 +138,7 @@ class Inference(pb_grpc.InferenceServicer):
             token_ids=token_ids,
             sampling=sampling,
             deadline=time.time() + remaining_s,
+            speculation=speculation_from_proto(request.speculation),
         )
         stream = Stream(worker_request, client_id=client_id, model=model.name, created=started)
         return Group(client_id, (stream,), remaining_s)

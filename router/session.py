@@ -1,8 +1,9 @@
 """One worker's session: a bidirectional stream that carries all of this router's requests to it.
 
-Stands between admission, which submits, and the streams, which receive. Down come a hello, frames with what engine steps
-made and heartbeats; up go packed groups, cancels and how often frames should come. A worker that closes, breaks or falls silent is lost: every request it
-held ends in exactly one WorkerLost, and the session connects anew while the worker is a member.
+Stands between admission, which submits, and the streams, which receive. Down come a hello, frames with what engine
+steps made and heartbeats; up go packed groups, cancels and how often frames should come. A worker that closes, breaks
+or falls silent is lost: every request it held ends in exactly one WorkerLost, and the session connects anew while the
+worker is a member.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from protos.messages import Load
 from router.metrics import RouterMetrics
 from workers.engine.protocol import EngineStats
 from workers.metrics import WorkerMetrics
+from workers.speculative.stats import SpeculationStats
 
 
 def exported(registry: CollectorRegistry) -> set[str]:
@@ -19,7 +20,7 @@ def exported(registry: CollectorRegistry) -> set[str]:
 
 def test_every_metric_is_documented_and_every_documented_one_exists(root: Path) -> None:
     workers = WorkerMetrics(model_name="m", worker_id="w")
-    workers.watch(Load, lambda: EngineStats(kv_total_pages=1))
+    workers.watch(Load, lambda: EngineStats(kv_total_pages=1, speculation=SpeculationStats()))
     names = exported(RouterMetrics().registry) | exported(workers.registry)
     described = set(re.findall(r"^\| `([a-z_:0-9]+)` \|", (root / "docs" / "metrics.md").read_text(), re.MULTILINE))
     assert names == described

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+DrafterKind = Literal["copy", "recycle", "model"]
+
 
 class Section(BaseModel):
     """A part of the tree: unknown keys are refused, values never change."""
@@ -84,6 +86,26 @@ class SharingSection(Section):
         return self
 
 
+class SpeculationSection(Section):
+    """Several tokens a step: drafters guess them, the model checks all guesses at once. Never changes the text."""
+
+    drafters: tuple[DrafterKind, ...] = Field(
+        default=(),
+        description="copy: what followed before; recycle: what the model nearly chose; model: a small model. "
+        "Several are fused. Empty: none.",
+    )
+    draft_model: Path | None = Field(default=None, description="The small model's directory; same tokenizer.")
+    max_nodes: int = Field(default=24, ge=1, le=63, description="Guessed tokens of one output in one step, at most.")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> SpeculationSection:
+        if len(set(self.drafters)) < len(self.drafters):
+            raise ValueError(f"drafters names one twice: {', '.join(self.drafters)}; name each once")
+        if "model" in self.drafters and self.draft_model is None:
+            raise ValueError("drafters has model, but draft_model is empty; give the small model's directory")
+        return self
+
+
 class EngineSection(Section):
     """What computes the tokens."""
 
@@ -92,6 +114,7 @@ class EngineSection(Section):
     stall_s: float = Field(default=120.0, gt=0, description="A step longer than this means a hung engine, seconds.")
     kernels: KernelsSection = KernelsSection()
     sharing: SharingSection = SharingSection()
+    speculation: SpeculationSection = SpeculationSection()
     kv: KVSection = KVSection()
     scheduler: SchedulerSection = SchedulerSection()
 

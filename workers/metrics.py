@@ -6,7 +6,7 @@ as it happens (histograms) is observed by the engine loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -16,6 +16,7 @@ from protos.errors import SetupError
 from protos.messages import FinishReason, Load
 from workers.engine.protocol import EngineStats
 from workers.histogram import Histogram
+from workers.speculative.stats import SpeculationStats
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -143,10 +144,29 @@ class _EngineCollector(Collector):
         yield self._counter("headwater_attention_segments", "Spans attended to.", stats.attention_segments)
         yield self._counter("headwater_attention_keys", "Keys seen, output by output.", stats.attention_keys)
         yield self._counter("headwater_attention_read_keys", "Keys read for them.", stats.attention_read_keys)
+        if stats.speculation is not None:
+            yield from self._speculation(stats.speculation)
         info = InfoMetricFamily("vllm:cache_config", "The store of keys and values.", labels=list(self._labels))
         pages = {"block_size": str(stats.page_size), "num_gpu_blocks": str(stats.kv_total_pages)}
         info.add_metric(list(self._labels.values()), pages)
         yield info
+
+    def _speculation(self, stats: SpeculationStats) -> Iterator[Metric]:
+        yield self._counter("vllm:spec_decode_num_drafts", "Outputs and steps with a draft.", stats.num_drafts)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.drafted_tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Of those, right.", stats.accepted_tokens)
+        depths = {str(depth): count for depth, count in enumerate(stats.accepted_by_depth)}
+        by_depth = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        yield self._counters(by_depth, "Accepted tokens by depth.", "position", depths)
+        yield self._counters("headwater_drafted_tokens", "Tokens drafted.", "drafter", stats.drafted_by)
+        yield self._counters("headwater_accepted_draft_tokens", "Of those, right.", "drafter", stats.accepted_by)
+        yield self._counters("headwater_speculation_steps", "Steps that could draft.", "drafters", stats.decisions)
+
+    def _counters(self, name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(name, meaning, labels=[*self._labels, label])
+        for value, count in values.items():
+            family.add_metric([*self._labels.values(), value], count)
+        return family
 
     def _gauge(self, name: str, meaning: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, meaning, labels=list(self._labels))

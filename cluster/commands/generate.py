@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import aclosing
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,13 @@ from cluster.commands.printer import JsonPrinter, Printer, TerminalPrinter, Text
 
 if TYPE_CHECKING:
     from protos.client import Client
+
+
+class Speculation(StrEnum):
+    """The choices of --speculation."""
+
+    auto = "auto"
+    off = "off"
 
 
 def generate(
@@ -35,6 +43,9 @@ def generate(
     seed: flags.Seed = None,
     logprobs: flags.Logprobs = None,
     prompt_logprobs: flags.PromptLogprobs = None,
+    speculation: Annotated[
+        Speculation, typer.Option(help="Whether tokens are drafted ahead: where it pays, or never.")
+    ] = Speculation.auto,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is token ids, such as 1,2,3.")] = False,
     target: Target = DEFAULT_TARGET,
     model: Model = "",
@@ -64,13 +75,18 @@ def generate(
     text = read_prompt(prompt)
     content = prompt_tokens(text) if token_ids else text
     printer = _printer(text, num_outputs=n or 1, as_json=json)
-    call(target, lambda client: _stream(client, content, model, sampling, printer), timeout_s=timeout)
+    call(target, lambda client: _stream(client, content, model, speculation, sampling, printer), timeout_s=timeout)
 
 
 async def _stream(
-    client: Client, prompt: bytes | list[int], model: str, sampling: dict[str, Any], printer: Printer
+    client: Client,
+    prompt: bytes | list[int],
+    model: str,
+    speculation: Speculation,
+    sampling: dict[str, Any],
+    printer: Printer,
 ) -> None:
-    async with aclosing(client.generate(prompt, model=model, **sampling)) as events:
+    async with aclosing(client.generate(prompt, model=model, speculation=speculation.value, **sampling)) as events:
         async for event in events:
             printer.show(event)
     printer.end()

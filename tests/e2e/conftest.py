@@ -26,6 +26,7 @@ SETTINGS = (
     "worker.metrics.port=0",
     "worker.engine.threads=1",
     "worker.engine.kv.num_pages=1024",
+    "worker.engine.speculation.drafters=[copy, recycle]",
 )
 
 

@@ -22,7 +22,7 @@ from protos.errors import (
     TokenOutOfRange,
     UnknownModel,
 )
-from tests.e2e.conftest import HEADWATER
+from tests.e2e.conftest import HEADWATER, NUM_WORKERS
 from tests.metrics import scrape
 from tests.workers.engine.drive import request, run, torch_engine
 
@@ -68,6 +68,19 @@ async def test_a_seed_gives_the_same_text_on_any_worker(client: Client) -> None:
     chosen = await client.complete("def ", max_tokens=16)
     again = await client.complete("def ", max_tokens=16, seed=chosen.prompt.seed)
     assert again.text == chosen.text
+
+
+async def test_drafts_change_no_text(client: Client, cluster: Cluster) -> None:
+    """Every worker is asked for the same, with drafts and without."""
+    prompts = [f"def f{i}(a, b):\n    return a\n\ndef g{i}(a, b):\n    return a\n\n" for i in range(4)]
+    ways: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.7, "seed": 5, "n": 2, "stop": ["\n\n\n"]}]
+    for prompt, way in itertools.product(prompts, ways):
+        plain = await client.complete(prompt, max_tokens=64, ignore_eos=True, speculation="off", **way)
+        for _ in range(NUM_WORKERS):
+            drafted = await client.complete(prompt, max_tokens=64, ignore_eos=True, **way)
+            assert drafted.outputs == plain.outputs
+    accepted = [scrape(address)["vllm:spec_decode_num_accepted_tokens_total"] for address in cluster.worker_metrics()]
+    assert sum(accepted) > 0
 
 
 async def test_text_comes_as_it_is_made(client: Client) -> None:

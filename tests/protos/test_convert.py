@@ -54,6 +54,7 @@ requests = st.builds(
     prompt_logprobs_from=u32,
     deadline=st.none() | st.floats(1, 1e12),
     resume=st.lists(st.builds(ResumePoint, u32, ids, st.booleans()), max_size=3).map(tuple),
+    speculation=st.sampled_from(["auto", "off"]),
 )
 deltas = st.builds(
     Delta,

@@ -108,3 +108,6 @@ class AttentionBackend(Protocol):
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page's keys and values in every layer (copy-on-write of a partly shared page)."""
+
+    def copy_token(self, source: int, target: int) -> None:
+        """Copy the keys and values of one slot to another in every layer (an accepted node of a draft)."""

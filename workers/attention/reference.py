@@ -45,6 +45,10 @@ class ReferenceAttention:
         for store in (self._keys, self._values):
             store[:, target * size : (target + 1) * size] = store[:, source * size : (source + 1) * size]
 
+    def copy_token(self, source: int, target: int) -> None:
+        for store in (self._keys, self._values):
+            store[:, target] = store[:, source]
+
     def stored(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, each [slots, kv_heads, head_dim]."""
         return self._keys[layer], self._values[layer]

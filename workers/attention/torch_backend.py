@@ -62,6 +62,9 @@ class TorchAttention:
         slots = self._store.narrow(2, target * size, size)
         slots.copy_(self._store.narrow(2, source * size, size))
 
+    def copy_token(self, source: int, target: int) -> None:
+        self._store.select(2, target).copy_(self._store.select(2, source))
+
     def _make_plan(self, batch: StepBatch, window: int | None) -> _Plan:
         builder = PartBuilder(batch, self._shape, window=window, dtype=self._dtype, device=self._device)
         parts = builder.build()

@@ -46,7 +46,7 @@ def load_model(
     decoder = load_decoder(config.model.path, dtype=dtype, device=device, max_context=max_context)
     library = _library(config, shape) if device.type == "cpu" else None
     if library is None:
-        plain = TorchModel(decoder, TorchAttention(shape, dtype=dtype, device=device))
+        plain = TorchModel(decoder, TorchAttention(shape, dtype=dtype, device=device), page_size=kv.page_size)
         return LoadedModel(plain, Corrected(DEFAULT_COST), "torch")
     native = NativeDecoder(library, decoder, shape, max_context=max_context, threads=threads)
     is_planned = config.engine.sharing.mode == "planned" and not config.engine.sharing.deterministic

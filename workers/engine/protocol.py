@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from protos.messages import Failure, Load, ModelInfo, Request, TokenDelta
+from workers.speculative.stats import SpeculationStats
 
 
 class EngineStats(NamedTuple):
@@ -32,6 +33,7 @@ class EngineStats(NamedTuple):
     kv_cached_pages: int = 0  # held by the prefix tree alone: free as soon as needed
     kv_total_pages: int = 0
     page_size: int = 0
+    speculation: SpeculationStats | None = None  # None: no drafters
 
 
 class StepResult(NamedTuple):

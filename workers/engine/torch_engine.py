@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
@@ -17,6 +18,9 @@ from workers.model.batch import BatchBuilder
 from workers.model.config import ModelConfig
 from workers.model.runner import Runner
 from workers.scheduler.scheduler import Limits, Scheduler
+from workers.scheduler.step import StepPlan
+from workers.speculative.factory import make_speculator
+from workers.speculative.protocol import Key
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class TorchEngine:
         planner = Planner(loaded.cost, kv.page_size, mode=_sharing_mode(config.engine.sharing))
         self._builder = BatchBuilder(planner, loaded.cost, self._cache, page_size=kv.page_size, device=device)
         self._runner = Runner(loaded.model, self._builder, eos_token_ids)
+        self._speculator = make_speculator(config, device=device)
         log.info("%s: %s kernels, %s, %d threads", self._info.name, loaded.kernels, config.model.dtype, threads)
 
     @property
@@ -52,20 +57,32 @@ class TorchEngine:
         self._scheduler.add(request)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        self._scheduler.cancel(request_id, index)
+        for dropped in self._scheduler.cancel(request_id, index):
+            self._forget((request_id, dropped))
 
     def step(self) -> StepResult:
+        began = time.perf_counter()
         plan = self._scheduler.plan()
         if not plan.chunks:
             return StepResult()
+        drafts = self._speculator.draft(plan) if self._speculator else None
+        if drafts:
+            plan = self._scheduler.attach(plan, drafts)
+        num_top_ids = 0 if self._speculator is None or drafts is None else self._speculator.num_top_ids
         try:
-            results = self._runner.execute(plan)
+            results = self._runner.execute(plan, num_top_ids=num_top_ids)
         except (RuntimeError, MemoryError) as error:
             log.exception("a step of %d tokens failed", plan.num_tokens)
-            return StepResult(failures=self._fail(self._scheduler.rollback(plan), error))
+            return StepResult(failures=self._fail(plan, error))
+        deltas = self._scheduler.commit(plan, results)
+        if self._speculator is not None:
+            self._speculator.learn(plan, results, time.perf_counter() - began, speculated=drafts is not None)
+            for delta in deltas:
+                if delta.finish is not None:
+                    self._forget((delta.request_id, delta.index))
         started = dict.fromkeys([sequence.request.request_id for sequence in plan.started])
         return StepResult(
-            deltas=self._scheduler.commit(plan, results),
+            deltas=deltas,
             started=tuple(started),
             num_tokens=plan.num_tokens,
             num_sequences=len(plan.chunks),
@@ -94,6 +111,7 @@ class TorchEngine:
             kv_cached_pages=cache.num_cached,
             kv_total_pages=cache.num_pages,
             page_size=cache.page_size,
+            speculation=None if self._speculator is None else self._speculator.stats,
         )
 
     def check(self) -> None:
@@ -112,10 +130,17 @@ class TorchEngine:
             max_context=self._info.max_context,
         )
 
-    def _fail(self, request_ids: list[str], error: Exception) -> tuple[Failure, ...]:
-        return tuple(
-            Failure(request_id, EngineFailure.__name__, f"the step failed: {error}") for request_id in request_ids
-        )
+    def _fail(self, plan: StepPlan, error: Exception) -> tuple[Failure, ...]:
+        dropped = self._scheduler.rollback(plan)
+        for request_id, indexes in dropped.items():
+            for index in indexes:
+                self._forget((request_id, index))
+        return tuple(Failure(request_id, EngineFailure.__name__, f"the step failed: {error}") for request_id in dropped)
+
+    def _forget(self, key: Key) -> None:
+        """The output has ended."""
+        if self._speculator is not None:
+            self._speculator.forget(key)
 
 
 def _sharing_mode(sharing: SharingSection) -> SharingMode:

@@ -49,6 +49,10 @@ class NativeAttention:
         if self._handle is not None:
             self._library.call("attention_copy_page", self._handle, source, target)
 
+    def copy_token(self, source: int, target: int) -> None:
+        if self._handle is not None:
+            self._library.call("attention_copy_token", self._handle, source, target)
+
     def _make(self, num_heads: int) -> int:
         s = self._shape
         shape = AttentionShape(s.num_layers, s.num_pages, s.page_size, num_heads, s.num_kv_heads, s.head_dim)

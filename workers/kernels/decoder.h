@@ -78,6 +78,7 @@ class Decoder {
   }
 
   void copy_page(int source, int target) { attention_.kv().copy_page(source, target); }
+  void copy_token(long source, long target) { attention_.kv().copy_token(source, target); }
 
   void forward(Step& step) {
     begin(step);

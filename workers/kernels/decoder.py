@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from array import array
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from workers.attention.protocol import KVShape, StepBatch
 from workers.kernels.library import AttentionShape, DecoderShape, Library, NativeStep, check_shape
 from workers.model.decoder import Decoder
 from workers.model.layers import Layer, Linear, RMSNorm
-from workers.model.scores import AttentionTimes, Scores
+from workers.model.scores import AttentionTimes, Continuations, Scores
 
 # decoder.h: Weight and Norm
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN, _HEAD, _EMBEDDING = range(9)
@@ -55,24 +56,54 @@ class NativeDecoder:
         """The name of the variant that runs."""
         return self._library.variant.name
 
-    def forward(self, batch: StepBatch, *, with_logits: bool) -> Scores:
+    def forward(self, batch: StepBatch, *, with_logits: bool, num_top_ids: int = 0) -> Scores:
         """As the protocol says; bfloat16 weights and keys, float32 in between."""
         step = self._step
         if step is None or not step.computes(batch):
             step = self._step = NativeStep(batch)
-        logits = torch.empty(len(batch.logit_rows), self._vocab_size) if with_logits else None
+        num_rows, num_top_ids = len(batch.logit_rows), min(num_top_ids, self._vocab_size)
+        logits = torch.empty(num_rows, self._vocab_size) if with_logits or num_top_ids else None
         step.struct.logits = None if logits is None else logits.data_ptr()
         self._library.check(self._library.call("decoder_forward", self._handle, ctypes.byref(step.struct)))
-        return Scores(step.greedy, logits, self._times(step, self._num_layers))
+        top_ids = None if logits is None or not num_top_ids else self._top_ids(logits, num_top_ids)
+        return Scores(step.greedy, logits, self._times(step, self._num_layers), top_ids)
+
+    def continue_greedily(self, batch: StepBatch, *, num_steps: int, least: float) -> Continuations:
+        """As the protocol says."""
+        step, num_rows = NativeStep(batch), len(batch.positions)
+        logits = torch.empty(num_rows, self._vocab_size)
+        step.struct.logits = logits.data_ptr()
+        ids, probabilities = array("q", bytes(8 * num_rows * num_steps)), array("f", bytes(4 * num_rows * num_steps))
+        addresses = [values.buffer_info()[0] for values in (ids, probabilities)]
+        done = self._library.call(
+            "decoder_continue", self._handle, ctypes.byref(step.struct), num_steps, least, *addresses
+        )
+        self._library.check(min(done, 0))
+        starts = range(0, done * num_rows, num_rows)
+        return Continuations(
+            [ids[at : at + num_rows].tolist() for at in starts],
+            [probabilities[at : at + num_rows].tolist() for at in starts],
+        )
 
     def copy_page(self, source: int, target: int) -> None:
         self._library.call("decoder_copy_page", self._handle, source, target)
+
+    def copy_token(self, source: int, target: int) -> None:
+        self._library.call("decoder_copy_token", self._handle, source, target)
 
     def rehearse(self, batch: StepBatch, *, num_times: int) -> AttentionTimes:
         """Attend as in `num_times` layers, at most as many as there are, on whatever the pages hold: to learn costs."""
         step = NativeStep(batch)
         self._library.check(self._library.call("decoder_rehearse", self._handle, ctypes.byref(step.struct), num_times))
         return self._times(step, min(num_times, self._num_layers))
+
+    def _top_ids(self, logits: Tensor, count: int) -> list[list[int]]:
+        num_rows, size = logits.shape
+        ids = array("i", bytes(4 * num_rows * count))
+        address, _ = ids.buffer_info()
+        self._library.call("top_ids", logits.data_ptr(), num_rows, size, count, address)
+        flat = ids.tolist()
+        return [flat[at : at + count] for at in range(0, len(flat), count)]
 
     def _times(self, step: NativeStep, num_layers: int) -> AttentionTimes:
         return AttentionTimes(step.struct.attend_s / num_layers, step.struct.merge_s / num_layers)

@@ -71,6 +71,18 @@ class KVStore {
       memset(static_cast<void*>(page(layer, int(slot / shape_.page_size), head)), 0, half_ * 2 * sizeof(T));
   }
 
+  // From one slot to another, whose page has been cleared.
+  void copy_token(long source, long target) {
+    constexpr int depth = Element<T>::kDepth;
+    for (int layer = 0; layer < shape_.num_layers; layer++)
+      for (int head = 0; head < shape_.num_kv_heads; head++)
+        for (int d = 0; d < shape_.head_dim; d++) {
+          if (d % depth == 0)
+            memcpy(key_at(layer, target, head, d), key_at(layer, source, head, d), depth * sizeof(T));
+          *value_at(layer, target, head, d) = *value_at(layer, source, head, d);
+        }
+  }
+
   void copy_page(int source, int target) {
     for (int layer = 0; layer < shape_.num_layers; layer++)
       for (int head = 0; head < shape_.num_kv_heads; head++)
@@ -78,6 +90,22 @@ class KVStore {
   }
 
  private:
+  // One element of a key; those of its step follow.
+  T* key_at(int layer, long slot, int head, int d) {
+    const int place = int(slot % shape_.page_size);
+    T* const keys = page(layer, int(slot / shape_.page_size), head);
+    T* const panel = keys + long(place / kPanel) * kPanel * shape_.padded_dim();
+    return panel + place_in_panel<T>(d / Element<T>::kDepth, place % kPanel);
+  }
+
+  T* value_at(int layer, long slot, int head, int d) {
+    constexpr int depth = Element<T>::kDepth;
+    const int place = int(slot % shape_.page_size);
+    T* const values = page(layer, int(slot / shape_.page_size), head) + half_;
+    T* const panel = values + long(d / kPanel) * kPanel * shape_.page_size;
+    return panel + place_in_panel<T>(place / depth, d % kPanel) + place % depth;
+  }
+
   T* page(int layer, int page, int head) { return data_.data() + offset(layer, page, head); }
 
   // A head's pages follow one another: those that were handed out together are read as one stream.

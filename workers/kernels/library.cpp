@@ -6,6 +6,7 @@
 #include <exception>
 #include <string>
 
+#include "continuation.h"
 #include "decoder.h"
 
 namespace headwater {
@@ -30,6 +31,7 @@ class AttentionOnly {
   virtual void begin(const Step& step) = 0;
   virtual void attend(int layer, int window, const void* query, const void* key, const void* value, void* out) = 0;
   virtual void copy_page(int source, int target) = 0;
+  virtual void copy_token(long source, long target) = 0;
 };
 
 template <class T>
@@ -58,6 +60,7 @@ class AttentionOf final : public AttentionOnly {
   }
 
   void copy_page(int source, int target) override { attention_.kv().copy_page(source, target); }
+  void copy_token(long source, long target) override { attention_.kv().copy_token(source, target); }
 
  private:
   template <void (AttentionOf::*kRun)(int, int)>
@@ -104,14 +107,16 @@ class AnyDecoder {
   virtual void set_window(int layer, int window) = 0;
   virtual void set_rope(const float* cos, const float* sin) = 0;
   virtual void copy_page(int source, int target) = 0;
+  virtual void copy_token(long source, long target) = 0;
   virtual void forward(Step& step) = 0;
+  virtual int continue_greedily(Step& step, int num_steps, float least, int64_t* ids, float* probabilities) = 0;
   virtual void rehearse(Step& step, int num_times) = 0;
 };
 
 template <class T>
 class DecoderOf final : public AnyDecoder {
  public:
-  DecoderOf(const DecoderShape& shape, int num_threads) : decoder_(shape, num_threads) {}
+  DecoderOf(const DecoderShape& shape, int num_threads) : shape_(shape), decoder_(shape, num_threads) {}
 
   void set_weight(int layer, int weight, const void* values, const float* bias) override {
     decoder_.set_weight(layer, typename Decoder<T>::Weight(weight), static_cast<const T*>(values), bias);
@@ -122,12 +127,57 @@ class DecoderOf final : public AnyDecoder {
   void set_window(int layer, int window) override { decoder_.set_window(layer, window); }
   void set_rope(const float* cos, const float* sin) override { decoder_.set_rope(cos, sin); }
   void copy_page(int source, int target) override { decoder_.copy_page(source, target); }
+  void copy_token(long source, long target) override { decoder_.copy_token(source, target); }
   void forward(Step& step) override { decoder_.forward(step); }
+  int continue_greedily(Step& step, int num_steps, float least, int64_t* ids, float* probabilities) override {
+    return headwater::continue_greedily(decoder_, step, shape_.attention.page_size, shape_.vocab_size, num_steps, least,
+                                        ids, probabilities);
+  }
   void rehearse(Step& step, int num_times) override { decoder_.rehearse(step, num_times); }
 
  private:
+  const DecoderShape shape_;
   Decoder<T> decoder_;
 };
+
+// Keeps the highest of the values it is offered, best first, and of equals the first.
+class TopIds {
+ public:
+  TopIds(int count, int* ids) : count_(count), values_(count), ids_(ids) {}
+
+  bool takes(float value) const { return size_ < count_ || value > values_[count_ - 1]; }
+
+  void offer(float value, int id) {
+    if (!takes(value)) return;
+    if (size_ < count_) size_++;
+    int place = size_ - 1;
+    for (; place > 0 && values_[place - 1] < value; place--) {
+      values_[place] = values_[place - 1];
+      ids_[place] = ids_[place - 1];
+    }
+    values_[place] = value;
+    ids_[place] = id;
+  }
+
+ private:
+  const int count_;
+  int size_ = 0;
+  std::vector<float> values_;
+  int* const ids_;
+};
+
+// The `count` largest of `size` numbers; count <= size.
+void find_top_ids(const float* values, int size, int count, int* ids) {
+  constexpr int kBlock = 64;
+  TopIds top(count, ids);
+  for (int first = 0; first < size; first += kBlock) {
+    const int last = std::min(first + kBlock, size);
+    float highest = values[first];
+    for (int i = first; i < last; i++) highest = std::max(highest, values[i]);
+    if (!top.takes(highest)) continue;
+    for (int i = first; i < last; i++) top.offer(values[i], i);
+  }
+}
 
 void require_tiles() {
   if (!allow_tiles()) throw std::runtime_error("the operating system refuses AMX tiles; choose another variant");
@@ -170,6 +220,10 @@ void headwater_attention_copy_page(AttentionOnly* attention, int source, int tar
   attention->copy_page(source, target);
 }
 
+void headwater_attention_copy_token(AttentionOnly* attention, long source, long target) {
+  attention->copy_token(source, target);
+}
+
 AnyDecoder* headwater_decoder_new(const DecoderShape* shape, int is_bf16, int num_threads) {
   AnyDecoder* made = nullptr;
   guarded([&] {
@@ -199,8 +253,25 @@ void headwater_decoder_set_rope(AnyDecoder* decoder, const float* cos, const flo
 
 void headwater_decoder_copy_page(AnyDecoder* decoder, int source, int target) { decoder->copy_page(source, target); }
 
+void headwater_decoder_copy_token(AnyDecoder* decoder, long source, long target) {
+  decoder->copy_token(source, target);
+}
+
+void headwater_top_ids(const float* logits, int num_rows, int vocab_size, int count, int* ids) {
+  for (long row = 0; row < num_rows; row++)
+    find_top_ids(logits + row * vocab_size, vocab_size, count, ids + row * count);
+}
+
 int headwater_decoder_forward(AnyDecoder* decoder, Step* step) {
   return guarded([&] { decoder->forward(*step); });
+}
+
+// The number of steps made, or -1.
+int headwater_decoder_continue(AnyDecoder* decoder, Step* step, int num_steps, float least, int64_t* ids,
+                               float* probabilities) {
+  int done = 0;
+  const int status = guarded([&] { done = decoder->continue_greedily(*step, num_steps, least, ids, probabilities); });
+  return status == 0 ? done : status;
 }
 
 int headwater_decoder_rehearse(AnyDecoder* decoder, Step* step, int num_times) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from array import array
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Library:
         self._declare("headwater_attention_begin", c_int, c_void_p, POINTER(Step))
         self._declare("headwater_attention_attend", c_int, c_void_p, c_int, c_int, *[c_void_p] * 4)
         self._declare("headwater_attention_copy_page", None, c_void_p, c_int, c_int)
+        self._declare("headwater_attention_copy_token", None, c_void_p, c_long, c_long)
         self._declare("headwater_decoder_new", c_void_p, POINTER(DecoderShape), c_int, c_int)
         self._declare("headwater_decoder_delete", None, c_void_p)
         self._declare("headwater_decoder_set_weight", None, c_void_p, c_int, c_int, c_void_p, c_void_p)
@@ -91,7 +92,10 @@ class Library:
         self._declare("headwater_decoder_set_window", None, c_void_p, c_int, c_int)
         self._declare("headwater_decoder_set_rope", None, c_void_p, c_void_p, c_void_p)
         self._declare("headwater_decoder_copy_page", None, c_void_p, c_int, c_int)
+        self._declare("headwater_decoder_copy_token", None, c_void_p, c_long, c_long)
+        self._declare("headwater_top_ids", None, c_void_p, c_int, c_int, c_int, c_void_p)
         self._declare("headwater_decoder_forward", c_int, c_void_p, POINTER(Step))
+        self._declare("headwater_decoder_continue", c_int, c_void_p, POINTER(Step), c_int, c_float, c_void_p, c_void_p)
         self._declare("headwater_decoder_rehearse", c_int, c_void_p, POINTER(Step), c_int)
 
     def call(self, name: str, *arguments: Any) -> Any:

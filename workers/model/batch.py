@@ -13,7 +13,7 @@ import torch
 
 from workers.attention.cost import Corrected
 from workers.attention.planner import Branch, Grouping, Path, Planner, PlannerStats, Prediction, predict
-from workers.attention.protocol import Segment, StepBatch
+from workers.attention.protocol import Segment, SegmentKind, StepBatch
 from workers.attention.segments import SegmentTable
 from workers.kv.cache import PageTable
 from workers.model.decoding import Decoding, Place, Rows
@@ -84,7 +84,7 @@ class BatchBuilder:
         """
         chunks = plan.chunks
         basis = [chunk.sequence for chunk in chunks], self._paths.version
-        if self._decoding is not None and basis == self._basis:
+        if self._decoding is not None and basis == self._basis and not plan.num_drafted:
             self._decoding.advance()
             self._step = self._step.one_key_more(len(chunks))
             batch = self._decoding.batch
@@ -93,6 +93,18 @@ class BatchBuilder:
             self._basis = basis
         self._work = self._work.plus(self._step)
         return batch if self._device.type == "cpu" else _moved(batch, self._device)
+
+    def build_alone(self, chunks: Sequence[Chunk]) -> StepBatch:
+        """A batch of chunks of one row each, in their order, each attending to all of its keys by itself."""
+        rows = _rows(chunks, self._page_size)
+        segments = [Segment(row, 1, chunk.sequence.table.pages, 0, chunk.stop) for row, chunk in enumerate(chunks)]
+        batch = rows.batch(segments, torch.arange(len(chunks)))
+        return batch if self._device.type == "cpu" else _moved(batch, self._device)
+
+    def slot(self, sequence: RunningSequence, place: int) -> int:
+        """Where the keys and values of a sequence's token are stored; a draft's nodes follow the last token."""
+        page, offset = divmod(place, self._page_size)
+        return sequence.table.pages[page] * self._page_size + offset
 
     def observe(self, segments_s: float, merges_s: float) -> None:
         """Learn what one layer of the batch took. Prompts, whose rows see ever more keys, teach nothing."""
@@ -117,7 +129,7 @@ class BatchBuilder:
         self._step = AttentionWork(len(segments), sum(chunk.stop for chunk in chunks), num_read)
         rows = _rows([chunks[index] for index in grouping.order], self._page_size)
         wanted = [row for chunk, first in zip(chunks, first_rows, strict=True) for row in _wanted(chunk, first)]
-        logit_rows = torch.tensor(wanted, dtype=torch.int64)
+        logit_rows = _int64(wanted)
         self._decoding = self._predicted = None
         if not all(map(_is_decoded, chunks)):
             return rows.batch(segments, logit_rows)
@@ -147,9 +159,16 @@ class BatchBuilder:
         """What each sequence attends to alone."""
         size = self._page_size
         return [
-            Segment(row, chunk.num_tokens, chunk.sequence.table.pages, own * size, chunk.stop - own * size)
+            Segment(
+                row, chunk.num_tokens, chunk.sequence.table.pages, own * size, chunk.stop - own * size, *_sight(chunk)
+            )
             for chunk, row, own in zip(chunks, first_rows, grouping.own_start, strict=True)
         ]
+
+
+def _sight(chunk: Chunk) -> tuple[SegmentKind, tuple[int, ...]]:
+    """Which of the chunk's keys its rows see."""
+    return ("causal", ()) if chunk.draft is None or chunk.draft.is_chain else ("tree", chunk.draft.masks)
 
 
 def _is_decoded(chunk: Chunk) -> bool:
@@ -182,9 +201,18 @@ def _rows(chunks: Sequence[Chunk], page_size: int) -> Rows:
         span = range(chunk.start, chunk.stop)
         pages = chunk.sequence.table.pages
         token_ids += chunk.sequence.tokens[chunk.start : chunk.stop]
-        positions += span
+        if chunk.draft is None:
+            positions += span
+        else:
+            token_ids += chunk.draft.tokens
+            positions += [chunk.start, *[chunk.start + depth for depth in chunk.draft.depths]]
         slots += [pages[position // page_size] * page_size + position % page_size for position in span]
     return Rows(array("q", token_ids), array("q", positions), array("q", slots))
+
+
+def _int64(values: list[int]) -> torch.Tensor:
+    """A tensor; for a few numbers, faster than torch.tensor."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 
 def _first_rows(chunks: Sequence[Chunk], order: Sequence[int]) -> list[int]:
@@ -197,7 +225,9 @@ def _first_rows(chunks: Sequence[Chunk], order: Sequence[int]) -> list[int]:
 
 
 def _wanted(chunk: Chunk, first_row: int) -> list[int]:
-    """Rows whose logits are wanted: prompt positions to be scored, then the sampled one."""
+    """Rows whose logits are wanted: prompt positions to be scored, then the sampled one; all of a draft."""
+    if chunk.draft is not None:
+        return list(range(first_row, first_row + chunk.num_tokens))
     last = first_row + chunk.num_tokens - 1
     if not chunk.num_scored_rows:
         return [last] if chunk.samples else []

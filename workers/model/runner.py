@@ -9,10 +9,10 @@ from torch import Tensor
 
 from protos.messages import PositionLogprobs
 from workers.model.batch import BatchBuilder
-from workers.model.greedy import is_plain
-from workers.model.sampler import Row, position_logprobs, sample
-from workers.model.scores import Model
-from workers.scheduler.step import Chunk, ChunkResults, StepPlan
+from workers.model.sampler import position_logprobs, sample
+from workers.model.scores import Model, Scores
+from workers.model.verifier import sampler_row, walk
+from workers.scheduler.step import Chunk, ChunkResults, StepPlan, Walk
 
 
 class Runner:
@@ -23,21 +23,59 @@ class Runner:
         self._builder = builder
         self._eos = eos_token_ids
 
-    def execute(self, plan: StepPlan) -> ChunkResults:
-        """Copy pages, run the flat stream, sample."""
+    def execute(self, plan: StepPlan, *, num_top_ids: int = 0) -> ChunkResults:
+        """Copy pages, run the flat stream, sample; what was right of drafts goes where it belongs.
+
+        With `num_top_ids`, so many of the most probable tokens of every row that chooses one are in the results too.
+        """
         for copy in plan.copies:
             self._model.copy_page(copy.source, copy.target)
-        scores = self._model.forward(self._builder.build(plan), with_logits=any(map(_wants_logits, plan.chunks)))
+        scores = self._model.forward(
+            self._builder.build(plan), with_logits=any(map(_wants_logits, plan.chunks)), num_top_ids=num_top_ids
+        )
         if scores.times is not None:
             self._builder.observe(scores.times.segments_s, scores.times.merges_s)
-        if scores.logits is None:
-            return ChunkResults.of_tokens(_dealt(plan.chunks, scores.greedy))
-        return _results(plan, scores.logits, self._eos)
+        if plan.num_drafted:
+            results = self._verify(plan.chunks, scores)
+        elif scores.logits is None:
+            results = ChunkResults.of_tokens(_dealt(plan.chunks, scores.greedy))
+        else:
+            results = _results(plan, scores.logits, self._eos)
+        return results if scores.top_ids is None else results._replace(top_ids=_dealt_rows(plan.chunks, scores.top_ids))
+
+    def _verify(self, chunks: Sequence[Chunk], scores: Scores) -> ChunkResults:
+        """A step's results where some chunks have drafts."""
+        first_rows = _first_rows(chunks)
+        scored = [
+            () if scores.logits is None else _score_prompt(chunk, scores.logits[row : row + chunk.num_scored_rows])
+            for chunk, row in zip(chunks, first_rows, strict=True)
+        ]
+        rows = [row + chunk.num_scored_rows for chunk, row in zip(chunks, first_rows, strict=True) if chunk.samples]
+        found = iter(walk([chunk for chunk in chunks if chunk.samples], rows, scores, self._eos))
+        walks = [next(found) if chunk.samples else None for chunk in chunks]
+        for chunk, walked in zip(chunks, walks, strict=True):
+            if chunk.draft is not None and walked is not None:
+                self._settle(chunk, walked)
+        plain = [None if chunk.draft is not None else walked for chunk, walked in zip(chunks, walks, strict=True)]
+        return ChunkResults(
+            [walked and walked.token_ids[0] for walked in plain],
+            [walked.logprobs[0] if walked and walked.logprobs else None for walked in plain],
+            scored,
+            [walked if chunk.draft is not None else None for chunk, walked in zip(chunks, walks, strict=True)],
+        )
+
+    def _settle(self, chunk: Chunk, walked: Walk) -> None:
+        """Move the keys and values of accepted nodes from their places in the draft to their places in the sequence."""
+        first = chunk.start + 1
+        for depth, node in enumerate(walked.nodes):  # in this order none is overwritten before it has been moved
+            if node != depth:
+                source, target = (self._builder.slot(chunk.sequence, first + place) for place in (node, depth))
+                self._model.copy_token(source, target)
 
 
 def _wants_logits(chunk: Chunk) -> bool:
     """Whether the model's own greedy choice is not all that is wanted of a chunk."""
-    sequence, _, _, _, num_scored_rows, samples = chunk
+    sequence, _, _, _, num_scored_rows, samples, _ = chunk
     return num_scored_rows > 0 or (samples and sequence.wants_logits)
 
 
@@ -47,6 +85,28 @@ def _dealt(chunks: Sequence[Chunk], token_ids: list[int]) -> Sequence[int | None
         return token_ids
     tokens = iter(token_ids)
     return [next(tokens) if chunk.samples else None for chunk in chunks]
+
+
+def _num_choosing(chunk: Chunk) -> int:
+    """Logit rows that choose a token."""
+    if not chunk.samples:
+        return 0
+    return 1 if chunk.draft is None else chunk.num_tokens
+
+
+def _first_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """Each chunk's first logit row."""
+    first_rows, row = [], 0
+    for chunk in chunks:
+        first_rows.append(row)
+        row += chunk.num_scored_rows + _num_choosing(chunk)
+    return first_rows
+
+
+def _dealt_rows(chunks: Sequence[Chunk], top_ids: list[list[int]]) -> list[list[list[int]]]:
+    """By chunk, those of its rows that choose a token."""
+    ends = [row + chunk.num_scored_rows for chunk, row in zip(chunks, _first_rows(chunks), strict=True)]
+    return [top_ids[row : row + _num_choosing(chunk)] for chunk, row in zip(chunks, ends, strict=True)]
 
 
 @torch.inference_mode()
@@ -67,7 +127,10 @@ def _results(plan: StepPlan, logits: Tensor, eos_token_ids: frozenset[int]) -> C
     token_ids, logprobs = _sample(sampling, rows, eos_token_ids) if sampling else ([], [])
     found = iter(logprobs)
     return ChunkResults(
-        _dealt(plan.chunks, token_ids), [next(found) if chunk.samples else None for chunk in plan.chunks], scored
+        _dealt(plan.chunks, token_ids),
+        [next(found) if chunk.samples else None for chunk in plan.chunks],
+        scored,
+        [None] * len(plan.chunks),
     )
 
 
@@ -83,7 +146,7 @@ def _score_prompt(chunk: Chunk, logits: Tensor) -> tuple[PositionLogprobs, ...]:
 def _sample(
     chunks: Sequence[Chunk], logits: Tensor, eos_token_ids: frozenset[int]
 ) -> tuple[list[int], list[PositionLogprobs | None]]:
-    token_ids = sample(logits, [_row(chunk, eos_token_ids) for chunk in chunks])
+    token_ids = sample(logits, [sampler_row(chunk.sequence, eos_token_ids) for chunk in chunks])
     logprobs: list[PositionLogprobs | None] = [None] * len(chunks)
     asked = [i for i, chunk in enumerate(chunks) if chunk.sequence.request.sampling.logprobs is not None]
     if asked:
@@ -92,18 +155,3 @@ def _sample(
         for i, position in zip(asked, found, strict=True):
             logprobs[i] = position
     return token_ids, logprobs
-
-
-def _row(chunk: Chunk, eos_token_ids: frozenset[int]) -> Row | None:
-    sequence = chunk.sequence
-    sampling = sequence.request.sampling
-    if is_plain(sampling):
-        return None
-    too_early = sequence.num_output < sampling.min_tokens
-    return Row(
-        sampling=sampling,
-        index=sequence.index,
-        tokens=sequence.tokens,
-        num_prompt=sequence.num_prompt,
-        banned_ids=tuple({*eos_token_ids, *sampling.stop_token_ids}) if too_early else (),
-    )

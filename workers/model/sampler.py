@@ -38,10 +38,11 @@ class Row:
         return len(self.tokens) - self.num_prompt
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[Row | None]) -> list[int]:
     """One token id per row; None: its sampling is plain. logits [rows, vocab] float32, left as it is."""
     picky = [i for i, row in enumerate(rows) if row is not None]
-    chosen = _largest(logits) if len(picky) < len(rows) else [0] * len(rows)
+    chosen = largest(logits) if len(picky) < len(rows) else [0] * len(rows)
     if picky:
         asked = [row for row in rows if row is not None]
         shaped = _shape(logits if len(picky) == len(rows) else logits[picky], asked)
@@ -50,6 +51,7 @@ def sample(logits: Tensor, rows: Sequence[Row | None]) -> list[int]:
     return chosen
 
 
+@torch.inference_mode()
 def position_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[PositionLogprobs]:
     """Log-probabilities of the given tokens and of the most probable ones, from unchanged logits. [rows, vocab]"""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
@@ -67,14 +69,14 @@ def _choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
     if len(drawn) == len(rows):
         return _draw(logits, rows)
-    chosen = _largest(logits)
+    chosen = largest(logits)
     if drawn:
         for i, token_id in zip(drawn, _draw(logits[drawn], [rows[i] for i in drawn]), strict=True):
             chosen[i] = token_id
     return chosen
 
 
-def _largest(logits: Tensor) -> list[int]:
+def largest(logits: Tensor) -> list[int]:
     """Greedy token ids. [rows, vocab]"""
     on_host = logits.device.type == "cpu"
     chosen: list[int] = (logits.numpy().argmax(axis=-1) if on_host else logits.argmax(dim=-1)).tolist()

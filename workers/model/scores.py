@@ -22,13 +22,32 @@ class Scores(NamedTuple):
     greedy: list[int]  # by row, the first of the most probable tokens; empty from a model that always gives logits
     logits: Tensor | None  # [rows, vocab] float32; None if nobody asked for them
     times: AttentionTimes | None = None  # None if they were not measured
+    top_ids: list[list[int]] | None = None  # by row, best first, if asked for
+
+
+class Continuations(NamedTuple):
+    """What greedy steps in a row chose. [steps][rows]"""
+
+    token_ids: list[list[int]]
+    probabilities: list[list[float]]  # of each token, given those before
 
 
 class Model(Protocol):
     """Computes a step: a decoder together with its store of keys and values."""
 
-    def forward(self, batch: StepBatch, *, with_logits: bool) -> Scores:
-        """Store every row's keys and values; score the logit rows."""
+    def forward(self, batch: StepBatch, *, with_logits: bool, num_top_ids: int = 0) -> Scores:
+        """Store every row's keys and values; score the logit rows, and name the most probable tokens of each."""
+
+    def continue_greedily(self, batch: StepBatch, *, num_steps: int, least: float) -> Continuations:
+        """Several steps in a row, each fed with the last one's most probable tokens; at least one.
+
+        The batch has one row for each sequence, whose own segment has the row's number and holds all its keys; its
+        pages have room for the steps. Ends early when no sequence's new tokens are all right with a probability of at
+        least `least`, as the model sees it. The batch is used up.
+        """
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page's keys and values in every layer (copy-on-write of a partly shared page)."""
+
+    def copy_token(self, source: int, target: int) -> None:
+        """Copy the keys and values of one slot to another in every layer (an accepted node of a draft)."""

@@ -12,13 +12,15 @@ it is split into the rest. Should that rest be too small, it waits for the next 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from protos.errors import DuplicateRequest, EmptyPrompt, Overloaded, PromptTooLong
 from protos.messages import Finish, Load, PositionLogprobs, Request, TokenDelta
 from workers.kv.cache import KVCache, PageCopy, PageTable
 from workers.scheduler.sequence import Sequence
-from workers.scheduler.step import Chunk, ChunkResults, StepPlan
+from workers.scheduler.step import Chunk, ChunkResults, StepPlan, Walk
+from workers.speculative.tree import DraftTree
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows that one chunk may ask for beyond the sampled one
 PACKING_WINDOW = 16  # waiting prompts looked at to fill what is left of a budget
@@ -51,7 +53,7 @@ class Counters:
 
 
 @dataclass(slots=True)
-class _Draft:
+class _OpenPlan:
     """A plan while it is being made."""
 
     budget: int
@@ -109,12 +111,13 @@ class Scheduler:
                 self._live.setdefault(request.request_id, []).append(sequence)
                 self._enqueue(sequence)
 
-    def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request's outputs, or one of them, and free their pages. Not while a plan is out."""
+    def cancel(self, request_id: str, index: int | None = None) -> list[int]:
+        """Drop a request's outputs, or one of them, and free their pages; returns which. Not while a plan is out."""
         assert not self._is_planned, "cancelled between plan and commit"
-        for sequence in list(self._live.get(request_id, ())):
-            if index is None or sequence.index == index:
-                self._remove(sequence)
+        dropped = [s for s in self._live.get(request_id, ()) if index is None or s.index == index]
+        for sequence in dropped:
+            self._remove(sequence)
+        return [sequence.index for sequence in dropped]
 
     @property
     def has_work(self) -> bool:
@@ -150,59 +153,75 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Fill the token budget: running sequences by urgency first, then waiting ones while memory allows."""
         assert not self._is_planned, "planned twice"
-        draft = _Draft(self._limits.step_tokens)
+        plan = _OpenPlan(self._limits.step_tokens)
         num_preemptions = self.counters.num_preemptions
-        self._plan_running(draft)
+        self._plan_running(plan)
         if self.counters.num_preemptions == num_preemptions:
-            self._plan_waiting(draft)
-        self._is_planned = bool(draft.chunks)
-        leaves_prompt = draft.leaves_prompt or bool(self._waiting)
-        num_tokens = self._limits.step_tokens - draft.budget
-        return StepPlan(tuple(draft.chunks), tuple(draft.copies), tuple(draft.started), num_tokens, leaves_prompt)
+            self._plan_waiting(plan)
+        self._is_planned = bool(plan.chunks)
+        leaves_prompt = plan.leaves_prompt or bool(self._waiting)
+        num_tokens = self._limits.step_tokens - plan.budget
+        return StepPlan(tuple(plan.chunks), tuple(plan.copies), tuple(plan.started), num_tokens, leaves_prompt)
+
+    def attach(self, plan: StepPlan, drafts: Mapping[int, DraftTree]) -> StepPlan:
+        """The plan with drafts behind its chunks, by their number, as far as they can be used.
+
+        A draft ends where its sequence must end, and takes only what the step's budget and memory have left: nothing
+        waits and nobody is preempted for a draft.
+        """
+        chunks, budget = list(plan.chunks), self._limits.step_tokens - plan.num_tokens
+        for number, draft in drafts.items():
+            chunk = self._with_draft(chunks[number], draft, budget)
+            budget -= chunk.num_tokens - chunks[number].num_tokens
+            chunks[number] = chunk
+        num_tokens = self._limits.step_tokens - budget
+        return replace(plan, chunks=tuple(chunks), num_tokens=num_tokens, num_drafted=num_tokens - plan.num_tokens)
 
     def commit(self, plan: StepPlan, results: ChunkResults) -> list[TokenDelta]:
         """Apply a computed step: append the sampled tokens, end what has ended, and say what is new."""
         self._is_planned = False
         self._cache.commit()
         self._count_step(plan)
-        applied = [self._apply(*computed) for computed in zip(plan.chunks, *results, strict=True)]
+        applied = [self._apply(*computed) for computed in zip(plan.chunks, *results[:4], strict=True)]
         return [delta for delta in applied if delta is not None]
 
-    def rollback(self, plan: StepPlan) -> list[str]:
-        """Undo a plan whose computing failed: its requests are dropped and named, all others are as before."""
+    def rollback(self, plan: StepPlan) -> dict[str, list[int]]:
+        """Undo a plan whose computing failed: its requests are dropped, all others are as before.
+
+        Returns the outputs that were dropped, by request.
+        """
         self._is_planned = False
-        request_ids = list(dict.fromkeys(chunk.sequence.request.request_id for chunk in plan.chunks))
-        for request_id in request_ids:
-            self.cancel(request_id)
+        request_ids = dict.fromkeys(chunk.sequence.request.request_id for chunk in plan.chunks)
+        dropped = {request_id: self.cancel(request_id) for request_id in request_ids}
         self._cache.rollback()
-        return request_ids
+        return dropped
 
     # Inside
 
-    def _plan_running(self, draft: _Draft) -> None:
+    def _plan_running(self, plan: _OpenPlan) -> None:
         running, page_size = self._running, self._page_size
         position = 0
-        while position < len(running) and draft.budget > 0:
+        while position < len(running) and plan.budget > 0:
             sequence = running[position]
             position += 1
             length = len(sequence.tokens)
             if sequence.num_computed + 1 < length:
-                self._plan_prompt(sequence, draft.budget - self._num_decoding(position), draft)
+                self._plan_prompt(sequence, plan.budget - self._num_decoding(position), plan)
             elif length <= len(sequence.table.pages) * page_size or self._make_room(sequence, length):
                 if length % page_size == 0:
                     self._cache.publish(sequence.table, sequence.tokens, length, pending=True)
-                draft.add(Chunk(sequence, length - 1, 1, length, 0, sequence.wants_output))
-        draft.leaves_prompt |= position < len(running)
+                plan.add(Chunk(sequence, length - 1, 1, length, 0, sequence.wants_output))
+        plan.leaves_prompt |= position < len(running)
 
-    def _plan_prompt(self, sequence: Sequence, budget: int, draft: _Draft) -> None:
+    def _plan_prompt(self, sequence: Sequence, budget: int, plan: _OpenPlan) -> None:
         """Go on with a running sequence's prompt, within what the sequences behind it leave."""
         if budget <= 0:
-            draft.leaves_prompt = True
+            plan.leaves_prompt = True
             return
         self._extend_from_cache(sequence)
         num_tokens = self._chunk_size(sequence, budget)
         if self._make_room(sequence, sequence.num_computed + num_tokens):
-            draft.add_prompt(self._chunk(sequence, num_tokens))
+            plan.add_prompt(self._chunk(sequence, num_tokens))
 
     def _num_decoding(self, first: int) -> int:
         """Running sequences from this one on that need one token's room in the step."""
@@ -217,22 +236,22 @@ class Scheduler:
                 return False
         return True
 
-    def _plan_waiting(self, draft: _Draft) -> None:
-        while draft.budget > 0 and self._waiting and len(self._running) < self._limits.max_running:
+    def _plan_waiting(self, plan: _OpenPlan) -> None:
+        while plan.budget > 0 and self._waiting and len(self._running) < self._limits.max_running:
             head = self._waiting[0]
             copy = self._admit(head)
-            if draft.num_prompts and head.num_remaining > draft.budget and not head.was_passed:
+            if plan.num_prompts and head.num_remaining > plan.budget and not head.was_passed:
                 self._reset(head)
-                self._fill_gap(draft, head)
+                self._fill_gap(plan, head)
                 copy = self._admit(head)
-                if draft.budget < min(head.num_remaining, self._page_size):  # too little to be worth a split
+                if plan.budget < min(head.num_remaining, self._page_size):  # too little to be worth a split
                     head.was_passed = True
                     self._reset(head)
                     return
-            if not self._start(head, copy, draft):
+            if not self._start(head, copy, plan):
                 return
 
-    def _fill_gap(self, draft: _Draft, head: Sequence) -> None:
+    def _fill_gap(self, plan: _OpenPlan, head: Sequence) -> None:
         """Start prompts that fit whole into the rest of the budget, longest first, before one that does not.
 
         They leave the head its place among the running and the pages it needs.
@@ -242,12 +261,12 @@ class Scheduler:
             num_pages = self._cache.pages_for(len(sequence.tokens))
             if len(self._running) + 1 >= self._limits.max_running:
                 return
-            if num_tokens > draft.budget or num_pages > spare:
+            if num_tokens > plan.budget or num_pages > spare:
                 continue
             copy = self._admit(sequence)
-            if self._chunk_size(sequence, draft.budget) < sequence.num_remaining:
+            if self._chunk_size(sequence, plan.budget) < sequence.num_remaining:
                 self._reset(sequence)
-            elif self._start(sequence, copy, draft):
+            elif self._start(sequence, copy, plan):
                 spare -= num_pages
 
     def _behind(self, head: Sequence) -> list[tuple[int, Sequence]]:
@@ -261,17 +280,17 @@ class Scheduler:
         """How many of a waiting sequence's tokens the cache has."""
         return self._cache.measure(sequence.table.salt, sequence.tokens, limit=sequence.first_needed_row)
 
-    def _start(self, sequence: Sequence, copy: PageCopy | None, draft: _Draft) -> bool:
+    def _start(self, sequence: Sequence, copy: PageCopy | None, plan: _OpenPlan) -> bool:
         """Run a waiting sequence that has been admitted; False, and it goes on waiting, if there is no memory."""
-        num_tokens = self._chunk_size(sequence, draft.budget)
+        num_tokens = self._chunk_size(sequence, plan.budget)
         if not self._cache.reserve(sequence.table, sequence.num_computed + num_tokens):
             self._reset(sequence)
             return False
         self._dequeue(sequence)
         insort(self._running, sequence, key=_urgency)
-        draft.copies += [copy] if copy else []
-        draft.started += [] if sequence.started else [sequence]
-        draft.add_prompt(self._chunk(sequence, num_tokens))
+        plan.copies += [copy] if copy else []
+        plan.started += [] if sequence.started else [sequence]
+        plan.add_prompt(self._chunk(sequence, num_tokens))
         return True
 
     def _refuse(self, request: Request) -> None:
@@ -335,14 +354,27 @@ class Scheduler:
         samples = stop == len(sequence.tokens) and sequence.wants_output
         return Chunk(sequence, start, num_tokens, first, scored, samples)
 
+    def _with_draft(self, chunk: Chunk, draft: DraftTree, budget: int) -> Chunk:
+        sequence = chunk.sequence
+        assert takes_draft(chunk), "a draft behind a chunk that takes none"
+        max_depth = sequence.max_length - len(sequence.tokens) - 1  # the target adds a token of its own
+        fitting = [node for node, depth in enumerate(draft.depths) if depth <= max_depth][: max(budget, 0)]
+        if not fitting or not self._cache.reserve(sequence.table, len(sequence.tokens) + len(fitting)):
+            return chunk
+        kept = draft if len(fitting) == len(draft) else draft.keep(fitting)
+        return chunk._replace(num_tokens=1 + len(kept), draft=kept)
+
     def _apply(
         self,
         chunk: Chunk,
         token_id: int | None,
         logprobs: PositionLogprobs | None,
         scored: tuple[PositionLogprobs, ...],
+        walk: Walk | None,
     ) -> TokenDelta | None:
-        sequence, start, num_tokens, _, num_scored_rows, _ = chunk
+        if walk is not None:
+            return self._apply_walk(chunk.sequence, walk)
+        sequence, start, num_tokens, _, num_scored_rows, _, _ = chunk
         tokens = sequence.tokens
         if not sequence.started:
             self._count_start(sequence, start)
@@ -377,6 +409,26 @@ class Scheduler:
             finish,
             cached_tokens,
             prompt_logprobs,
+        )
+
+    def _apply_walk(self, sequence: Sequence, walk: Walk) -> TokenDelta:
+        """Append what a draft's verification gave, up to a token that ends the output."""
+        num_before, finish = len(sequence.tokens), None
+        for token_id in walk.token_ids:
+            sequence.tokens.append(token_id)
+            finish = _finish(sequence)
+            if finish is not None:
+                break
+        num_new = len(sequence.tokens) - num_before
+        stop = sequence.num_computed = len(sequence.tokens) - 1
+        if stop // self._page_size > sequence.table.num_shared:
+            num_adopted = self._cache.publish(sequence.table, sequence.tokens, stop, pending=False)
+            self.counters.repeated_tokens += num_adopted * self._page_size
+        self.counters.generation_tokens += num_new
+        if finish is not None:
+            self._remove(sequence)
+        return TokenDelta(
+            sequence.request.request_id, sequence.index, walk.token_ids[:num_new], walk.logprobs[:num_new], finish
         )
 
     def _count_step(self, plan: StepPlan) -> None:
@@ -424,6 +476,12 @@ class Scheduler:
         group.remove(sequence)
         if not group:
             del self._live[sequence.request.request_id]
+
+
+def takes_draft(chunk: Chunk) -> bool:
+    """Whether a draft may stand behind the chunk: it decodes an output that has begun, one token."""
+    sequence = chunk.sequence
+    return chunk.num_tokens == 1 and chunk.samples and sequence.started and chunk.start >= sequence.num_prompt
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

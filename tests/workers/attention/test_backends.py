@@ -405,6 +405,39 @@ def test_copied_page_holds_the_source_in_every_layer(backend_name: str) -> None:
     duel.step(batch([size], [size], original))
 
 
+def copy_tokens(duel: Duel, *copies: tuple[int, int]) -> None:
+    """One after another: (source, target) slots."""
+    for source, target in copies:
+        duel.backend.copy_token(source, target)
+        for layer in range(duel.shape.num_layers):
+            for store in duel.reference.stored(layer):
+                store[target] = store[source]
+
+
+def test_copied_tokens_hold_the_source_in_every_layer(backend_name: str) -> None:
+    """From every place of a page to every place of another, and nothing beside them is touched."""
+    duel = make_duel(backend_name, num_layers=2)
+    size = duel.page_size
+    rows = range(3 * size)
+    duel.step(batch(rows, rows, [Segment(0, 3 * size, (0, 1, 2), 0, 3 * size)]))
+    copy_tokens(duel, *((size + (5 * place + 3) % size, 7 * size + place) for place in range(size)))
+    copy_tokens(duel, (size - 1, 2 * size), (0, 2 * size + 3), (2 * size + 1, 3 * size - 1), (size, size))
+    pages = [(7,), (0, 1, 2), (2,), (2, 7)]
+    segments = [Segment(row, 1, table, 0, len(table) * size, "full") for row, table in enumerate(pages)]
+    duel.step(batch(range(4), range(9 * size, 9 * size + 4), segments))
+
+
+def test_tokens_copied_in_order_close_the_gaps_of_a_draft(backend_name: str) -> None:
+    """As after a verified tree: each accepted node moves forward, none is overwritten before it has moved."""
+    duel = make_duel(backend_name, num_layers=2)
+    size = duel.page_size
+    kept = [size - 2, *range(size - 1, 2 * size, 3)]
+    duel.step(batch(range(2 * size), range(2 * size), [Segment(0, 2 * size, (0, 1), 0, 2 * size)]))
+    copy_tokens(duel, *((source, size - 2 + depth) for depth, source in enumerate(kept) if source != size - 2 + depth))
+    end = size - 2 + len(kept)
+    duel.step(batch([end, end + 1], [end, end + 1], [Segment(0, 2, (0, 1), 0, end + 2)]))
+
+
 def test_keys_beyond_a_segment_are_never_read(duel: Duel) -> None:
     """Pages come back full of another request's NaNs; padding to the longest must not let them in."""
     num_rows = 16 * duel.page_size

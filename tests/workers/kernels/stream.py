@@ -29,7 +29,7 @@ def native_model(library: Library, decoder: Decoder, kv: KVShape, *, threads: in
 
 
 def torch_model(decoder: Decoder, kv: KVShape) -> TorchModel:
-    return TorchModel(decoder, TorchAttention(kv, dtype=decoder.dtype, device=decoder.device))
+    return TorchModel(decoder, TorchAttention(kv, dtype=decoder.dtype, device=decoder.device), page_size=kv.page_size)
 
 
 def random_tokens(num_tokens: int, vocab_size: int, *, seed: int = 0) -> list[int]:

@@ -123,7 +123,7 @@ def test_a_failed_step_loses_only_its_own_requests() -> None:
     toy.add("bad", PROMPT)
     toy.add("good", PROMPT)
     plan = toy.scheduler.plan()
-    assert toy.scheduler.rollback(plan) == ["bad"]
+    assert toy.scheduler.rollback(plan) == {"bad": [0]}
     toy.scheduler.check()
     toy.run()
     assert toy.outputs["good", 0] == expected(PROMPT, 5)

@@ -52,7 +52,7 @@ class Toy:
         """A step whose computing fails; returns the requests that ended with it."""
         dropped = self.scheduler.rollback(self.scheduler.plan())
         self.scheduler.check()
-        return dropped
+        return list(dropped)
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):

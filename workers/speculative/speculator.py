@@ -1,0 +1,167 @@
+"""Speculation around a step: drafts for what the scheduler planned, and what the drafters learn from the results.
+
+Between the engine, which asks before and tells after each step, and the drafters. It decides no token: whatever
+happens here, the outputs are those of plain decoding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from workers.scheduler.scheduler import takes_draft
+from workers.scheduler.step import Chunk, ChunkResults, StepPlan
+from workers.speculative.controller import Controller
+from workers.speculative.fusion import fuse
+from workers.speculative.protocol import Context, Drafter, Key, Verified
+from workers.speculative.stats import SpeculationStats
+from workers.speculative.tree import MAX_NODES, DraftTree
+
+log = logging.getLogger(__name__)
+
+MEASURE_EVERY = 4  # plain steps: measuring costs time too
+
+
+class Speculator:
+    """Drafters and the controller that admits their drafts. Mutated only by the engine that made it."""
+
+    def __init__(self, drafters: Sequence[Drafter], *, max_nodes: int, controller: Controller | None = None) -> None:
+        """`max_nodes`: of one sequence's draft; the controller admits a part of them."""
+        self._drafters = drafters
+        self._max_nodes = min(max_nodes, MAX_NODES)
+        self._controller = controller or Controller(len(drafters), max_nodes=self._max_nodes)
+        self._asked: Sequence[int] = ()  # drafters, for the step at hand
+        self._broken: set[int] = set()
+        self._num_plain = 0  # plain steps in a row
+        self._num_drafts = 0
+        self._accepted_by_depth = [0] * self._max_nodes
+        self._drafted_by = dict.fromkeys([drafter.name for drafter in drafters], 0)
+        self._accepted_by = dict(self._drafted_by)
+        self._num_drafted = 0
+
+    @property
+    def num_top_ids(self) -> int:
+        """How many of the target's most probable tokens the drafters that were asked last want of each row."""
+        return max([self._drafters[number].num_top_ids for number in self._asked], default=0)
+
+    @property
+    def stats(self) -> SpeculationStats:
+        return SpeculationStats(
+            self._num_drafts,
+            self._num_drafted,
+            sum(self._accepted_by_depth),
+            tuple(self._accepted_by_depth),
+            dict(self._drafted_by),
+            dict(self._accepted_by),
+            self._decisions(),
+        )
+
+    def draft(self, plan: StepPlan) -> dict[int, DraftTree] | None:
+        """Drafts by number of the plan's chunks; None if the step is not to be speculated upon at all.
+
+        Steps that compute prompts are not: they are long in any case, and would be longer.
+        """
+        self._asked = ()
+        if _only_decodes(plan):
+            has_new = any(chunk.sequence.num_output == 1 for chunk in plan.chunks)
+            self._asked = self._controller.choose(len(plan.chunks), has_new=has_new)
+        numbers = [number for number, chunk in enumerate(plan.chunks) if _may_draft(chunk)] if self._asked else []
+        if not numbers:
+            self._asked = ()
+            return None
+        contexts = [_context(plan.chunks[number]) for number in numbers]
+        max_nodes = self._controller.num_to_propose(len(contexts))
+        proposed = [self._propose(number, contexts, max_nodes) for number in self._asked]
+        fused = {
+            context.key: fuse(drafts, self._asked).cut(self._max_nodes)
+            for context, *drafts in zip(contexts, *proposed, strict=True)
+        }
+        admitted = self._controller.admit(fused, len(plan.chunks))
+        keys = {context.key: number for number, context in zip(numbers, contexts, strict=True)}
+        return {keys[key]: draft for key, draft in admitted.items()}
+
+    def learn(self, plan: StepPlan, results: ChunkResults, seconds: float, *, speculated: bool) -> None:
+        """A step has been committed. `speculated`: drafts were asked for, though none may have been admitted."""
+        if not speculated:
+            self._num_plain = self._num_plain + 1 if _only_decodes(plan) else 0
+            if self._num_plain % MEASURE_EVERY == 2:  # the first is laid out anew, and takes longer
+                self._controller.observe_plain(len(plan.chunks), seconds)
+            return
+        self._num_plain = 0
+        verified = [_verified(chunk, number, results) for number, chunk in enumerate(plan.chunks) if chunk.samples]
+        for number in self._asked:
+            self._teach(number, verified)
+        for one in verified:
+            if len(one.draft):
+                self._count(one)
+                self._controller.verified(one.context.key, one.draft, one.nodes)
+        num_tokens = sum([one.num_new for one in verified])
+        self._controller.observe_drafted(len(plan.chunks), plan.num_tokens, num_tokens, seconds)
+
+    def forget(self, key: Key) -> None:
+        """The sequence has ended."""
+        for number, drafter in enumerate(self._drafters):
+            if number not in self._broken:
+                drafter.forget(key)
+        self._controller.forget(key)
+
+    def _propose(self, number: int, contexts: Sequence[Context], max_nodes: int) -> Sequence[DraftTree]:
+        """A drafter that fails is not asked any more: nobody's tokens depend on it."""
+        if number not in self._broken:
+            try:
+                return self._drafters[number].propose(contexts, max_nodes)
+            except Exception:
+                log.exception("the drafter %s failed; it is left out", self._drafters[number].name)
+                self._broken.add(number)
+        return [DraftTree()] * len(contexts)
+
+    def _teach(self, number: int, verified: Sequence[Verified]) -> None:
+        if number not in self._broken:
+            try:
+                self._drafters[number].learn(verified)
+            except Exception:
+                log.exception("the drafter %s failed; it is left out", self._drafters[number].name)
+                self._broken.add(number)
+
+    def _decisions(self) -> dict[str, int]:
+        steps = self._controller.num_steps.items()
+        return {"+".join([self._drafters[number].name for number in asked]) or "off": count for asked, count in steps}
+
+    def _count(self, one: Verified) -> None:
+        self._num_drafts += 1
+        self._num_drafted += len(one.draft)
+        for depth, _ in enumerate(one.nodes):
+            self._accepted_by_depth[depth] += 1
+        sources = one.draft.sources
+        for number in self._asked:
+            name, bit = self._drafters[number].name, 1 << number
+            self._drafted_by[name] += len([source for source in sources if source & bit])
+            self._accepted_by[name] += len([node for node in one.nodes if sources[node] & bit])
+
+
+def _only_decodes(plan: StepPlan) -> bool:
+    """Whether each sequence of the step computes one token, drafts aside."""
+    return plan.num_tokens - plan.num_drafted == len(plan.chunks)
+
+
+def _may_draft(chunk: Chunk) -> bool:
+    return takes_draft(chunk) and chunk.sequence.request.speculation != "off"
+
+
+def _context(chunk: Chunk) -> Context:
+    sequence = chunk.sequence
+    return Context(
+        (sequence.request.request_id, sequence.index),
+        sequence.request.cache_salt,
+        sequence.tokens,
+        sequence.num_prompt,
+        sequence.request.sampling.temperature,
+    )
+
+
+def _verified(chunk: Chunk, number: int, results: ChunkResults) -> Verified:
+    walked = results.walks[number]
+    num_new = len(chunk.sequence.tokens) - chunk.start - 1 if chunk.draft is not None else 1
+    top_ids = results.top_ids[number] if results.top_ids else ()
+    nodes = walked.nodes[: max(num_new, 0)] if walked else ()
+    return Verified(_context(chunk), num_new, chunk.draft or DraftTree(), nodes, top_ids)

@@ -1,0 +1,100 @@
+"""A draft: guessed continuations of one sequence, as a tree that the target verifies in one step.
+
+Between drafters, which grow trees, and the scheduler, which puts them behind the sequences' last tokens. Rows of a
+step count from the root: row 0 is the sequence's last token, row i + 1 is node i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from workers.attention.protocol import MAX_TREE_ROWS
+
+ROOT = -1  # the parent of a tree's first nodes: the sequence's last token, which is no node itself
+MAX_NODES = MAX_TREE_ROWS - 1
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Nodes in an order in which parents come first; siblings differ in their tokens.
+
+    A node's probability is what its drafter gives its token after its parent, its source the drafters that proposed it:
+    bit i for the i-th of the worker's drafters.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    sources: tuple[int, ...] = ()
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], probabilities: Sequence[float], source: int = 1) -> DraftTree:
+        """One continuation."""
+        parents = tuple(range(ROOT, len(tokens) - 1))
+        return cls(tuple(tokens), parents, tuple(probabilities), (source,) * len(tokens))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each node continues the one before."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Each node's distance from the root, from 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def path_probabilities(self) -> tuple[float, ...]:
+        """The probability that all nodes from the root to each are right, by the drafters' belief."""
+        paths: list[float] = []
+        for parent, probability in zip(self.parents, self.probabilities, strict=True):
+            paths.append(probability if parent == ROOT else paths[parent] * probability)
+        return tuple(paths)
+
+    @cached_property
+    def masks(self) -> tuple[int, ...]:
+        """By row, the rows it sees: its ancestors and itself."""
+        masks = [1]
+        for row, parent in enumerate(self.parents, start=1):
+            masks.append(masks[parent + 1] | 1 << row)
+        return tuple(masks)
+
+    @cached_property
+    def children(self) -> dict[tuple[int, int], int]:
+        """The node that follows a node (or ROOT) by a token."""
+        return {edge: node for node, edge in enumerate(zip(self.parents, self.tokens, strict=True))}
+
+    def keep(self, nodes: Iterable[int]) -> DraftTree:
+        """The tree of these nodes alone. With each, its parent must be among them."""
+        kept = sorted(nodes)
+        place = {node: number for number, node in enumerate(kept)} | {ROOT: ROOT}
+        return DraftTree(
+            tuple([self.tokens[node] for node in kept]),
+            tuple([place[self.parents[node]] for node in kept]),
+            tuple([self.probabilities[node] for node in kept]),
+            tuple([self.sources[node] for node in kept]),
+        )
+
+    def cut(self, max_nodes: int) -> DraftTree:
+        """The nodes that are most probably right, at most so many."""
+        if len(self) <= max_nodes:
+            return self
+        paths = self.path_probabilities
+        return self.keep(sorted(range(len(self)), key=lambda node: (-paths[node], node))[:max_nodes])
+
+    def check(self) -> None:
+        """Assert that the tree is as its docstring says."""
+        assert len(self.tokens) == len(self.parents) == len(self.probabilities) == len(self.sources)
+        assert len(self) <= MAX_NODES, f"a draft of {len(self)} nodes"
+        assert all(ROOT <= parent < node for node, parent in enumerate(self.parents)), "a node before its parent"
+        assert len(self.children) == len(self), "siblings with the same token"
+        assert all(0 <= probability <= 1 for probability in self.probabilities)
+        assert all(source > 0 for source in self.sources), "a node of no drafter"
