@@ -27,6 +27,7 @@ from tests.metrics import scrape
 from tests.workers.engine.drive import request, run, torch_engine
 
 PROMPTS = ["def fibonacci(n):", "import os\n\n\nclass ", "for i in range(10):\n    print(", "# Copyright", "x = [", "a"]
+PAGES = "headwater_kv_pages_in_use"
 
 
 def alone(root: Path, ids: list[int], **sampling: Any) -> list[int]:
@@ -34,11 +35,11 @@ def alone(root: Path, ids: list[int], **sampling: Any) -> list[int]:
     return run(torch_engine(root / "models" / "target"), request("a", ids, **sampling))["a", 0].tokens
 
 
-async def pages_in_use(cluster: Cluster) -> float:
-    """Pages that the workers hold for live outputs, as their metrics say."""
+async def total(cluster: Cluster, metric: str) -> float:
+    """A metric of all workers together."""
 
     def read() -> float:
-        return sum(scrape(address)["headwater_kv_pages_in_use"] for address in cluster.worker_metrics())
+        return sum(scrape(address)[metric] for address in cluster.worker_metrics())
 
     return await asyncio.to_thread(read)
 
@@ -46,7 +47,7 @@ async def pages_in_use(cluster: Cluster) -> float:
 async def idle(cluster: Cluster) -> None:
     """Wait until no worker holds a page for anybody."""
     async with asyncio.timeout(10):
-        while await pages_in_use(cluster) > 0:  # noqa: ASYNC110 - it polls from outside
+        while await total(cluster, PAGES) > 0:  # noqa: ASYNC110 - it polls from outside
             await asyncio.sleep(0.05)
 
 
@@ -79,8 +80,7 @@ async def test_drafts_change_no_text(client: Client, cluster: Cluster) -> None:
         for _ in range(NUM_WORKERS):
             drafted = await client.complete(prompt, max_tokens=64, ignore_eos=True, **way)
             assert drafted.outputs == plain.outputs
-    accepted = [scrape(address)["vllm:spec_decode_num_accepted_tokens_total"] for address in cluster.worker_metrics()]
-    assert sum(accepted) > 0
+    assert await total(cluster, "vllm:spec_decode_num_accepted_tokens_total") > 0
 
 
 async def test_text_comes_as_it_is_made(client: Client) -> None:
@@ -128,7 +128,7 @@ async def test_a_cancelled_stream_frees_its_pages(client: Client, cluster: Clust
     streams = [client.generate("while True:", max_tokens=30_000, ignore_eos=True) for _ in range(6)]
     for stream in streams:
         await anext(stream)
-    assert await pages_in_use(cluster) >= 6
+    assert await total(cluster, PAGES) >= 6
     for stream in streams:
         await stream.aclose()
     await idle(cluster)
@@ -139,7 +139,7 @@ async def test_a_client_that_goes_away_frees_its_pages(target: str, cluster: Clu
         streams = [leaver.generate("while True:", max_tokens=30_000, ignore_eos=True) for _ in range(4)]
         for stream in streams:
             await anext(stream)
-        assert await pages_in_use(cluster) >= 4
+        assert await total(cluster, PAGES) >= 4
     await idle(cluster)
 
 
@@ -148,7 +148,7 @@ async def test_a_client_that_is_killed_frees_its_pages(target: str, cluster: Clu
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     assert await process.stdout.read(1)
-    assert await pages_in_use(cluster) >= 1
+    assert await total(cluster, PAGES) >= 1
     process.kill()
     await process.wait()
     await idle(cluster)

@@ -137,7 +137,7 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(target: Path, m
     engine = torch_engine(target)
     expected = run(engine, request("before", PROMPTS[3]))["before", 0].tokens
 
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise RuntimeError("not enough memory")
 
     with monkeypatch.context() as broken:
