@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import aclosing
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,16 +11,10 @@ import typer
 from cluster.commands import sampling as flags
 from cluster.commands.call import DEFAULT_TARGET, Json, Model, Target, Timeout, call, prompt_tokens, read_prompt
 from cluster.commands.printer import JsonPrinter, Printer, TerminalPrinter, TextPrinter
+from protos.messages import Speculation
 
 if TYPE_CHECKING:
     from protos.client import Client
-
-
-class Speculation(StrEnum):
-    """The choices of --speculation."""
-
-    auto = "auto"
-    off = "off"
 
 
 def generate(
@@ -45,7 +38,7 @@ def generate(
     prompt_logprobs: flags.PromptLogprobs = None,
     speculation: Annotated[
         Speculation, typer.Option(help="Whether tokens are drafted ahead: where it pays, or never.")
-    ] = Speculation.auto,
+    ] = "auto",
     token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is token ids, such as 1,2,3.")] = False,
     target: Target = DEFAULT_TARGET,
     model: Model = "",
@@ -86,7 +79,7 @@ async def _stream(
     sampling: dict[str, Any],
     printer: Printer,
 ) -> None:
-    async with aclosing(client.generate(prompt, model=model, speculation=speculation.value, **sampling)) as events:
+    async with aclosing(client.generate(prompt, model=model, speculation=speculation, **sampling)) as events:
         async for event in events:
             printer.show(event)
     printer.end()

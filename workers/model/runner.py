@@ -50,19 +50,20 @@ class Runner:
             () if scores.logits is None else _score_prompt(chunk, scores.logits[row : row + chunk.num_scored_rows])
             for chunk, row in zip(chunks, first_rows, strict=True)
         ]
-        rows = [row + chunk.num_scored_rows for chunk, row in zip(chunks, first_rows, strict=True) if chunk.samples]
-        found = iter(walk([chunk for chunk in chunks if chunk.samples], rows, scores, self._eos))
-        walks = [next(found) if chunk.samples else None for chunk in chunks]
-        for chunk, walked in zip(chunks, walks, strict=True):
-            if chunk.draft is not None and walked is not None:
-                self._settle(chunk, walked)
-        plain = [None if chunk.draft is not None else walked for chunk, walked in zip(chunks, walks, strict=True)]
-        return ChunkResults(
-            [walked and walked.token_ids[0] for walked in plain],
-            [walked.logprobs[0] if walked and walked.logprobs else None for walked in plain],
-            scored,
-            [walked if chunk.draft is not None else None for chunk, walked in zip(chunks, walks, strict=True)],
-        )
+        token_ids: list[int | None] = [None] * len(chunks)
+        logprobs: list[PositionLogprobs | None] = [None] * len(chunks)
+        walks: list[Walk | None] = [None] * len(chunks)
+        sampling = [number for number, chunk in enumerate(chunks) if chunk.samples]
+        rows = [first_rows[number] + chunks[number].num_scored_rows for number in sampling]
+        found = walk([chunks[number] for number in sampling], rows, scores, self._eos)
+        for number, walked in zip(sampling, found, strict=True):
+            if chunks[number].draft is None:
+                token_ids[number] = walked.token_ids[0]
+                logprobs[number] = walked.logprobs[0] if walked.logprobs else None
+            else:
+                walks[number] = walked
+                self._settle(chunks[number], walked)
+        return ChunkResults(token_ids, logprobs, scored, walks)
 
     def _settle(self, chunk: Chunk, walked: Walk) -> None:
         """Move the keys and values of accepted nodes from their places in the draft to their places in the sequence."""

@@ -54,15 +54,12 @@ class DraftModel:
     name = "model"
     num_top_ids = 0
 
-    def __init__(
-        self, model: Model, builder: BatchBuilder, cache: KVCache, *, max_context: int, vocab_size: int
-    ) -> None:
-        """`builder` and `cache` are this drafter's alone."""
+    def __init__(self, model: Model, builder: BatchBuilder, cache: KVCache, *, max_context: int) -> None:
+        """`builder` and `cache` are this drafter's alone; the model has the target's tokens."""
         self._model = model
         self._builder = builder
         self._cache = cache
         self._max_context = max_context
-        self._vocab_size = vocab_size
         self._drafts: OrderedDict[Key, _Draft] = OrderedDict()  # the latest used last
 
     def propose(self, contexts: Sequence[Context], max_nodes: int) -> list[DraftTree]:
@@ -92,7 +89,7 @@ class DraftModel:
     def _prepare(self, context: Context, max_nodes: int) -> _Draft | None:
         """The sequence brought up to the target's tokens, with room for a draft; None if it cannot be had."""
         num_tokens = len(context.tokens)
-        if num_tokens + max_nodes > self._max_context or max(context.tokens[-1:]) >= self._vocab_size:
+        if num_tokens + max_nodes > self._max_context:
             return None
         draft = self._drafts.get(context.key)
         if draft is None:

@@ -34,7 +34,12 @@ def make_speculator(config: WorkerConfig, *, device: torch.device) -> Speculator
 def make_draft_model(config: WorkerConfig, directory: Path, *, threads: int, device: torch.device) -> DraftModel:
     """A small model beside the one that `config` serves. Raises ModelError if their tokens differ."""
     _check_tokenizers(config.model.path, directory)
-    model = ModelConfig.from_directory(directory)
+    target, model = ModelConfig.from_directory(config.model.path), ModelConfig.from_directory(directory)
+    if model.vocab_size != target.vocab_size:
+        raise ModelError(
+            f"{directory} has a vocabulary of {model.vocab_size}, its target one of {target.vocab_size}; "
+            "a draft model must have the vocabulary of its target"
+        )
     kv = config.engine.kv
     own = config.model_copy(update={"model": config.model.model_copy(update={"path": directory})})
     max_context = model.max_position_embeddings
@@ -42,7 +47,7 @@ def make_draft_model(config: WorkerConfig, directory: Path, *, threads: int, dev
     cache = KVCache(num_pages=kv.num_pages, page_size=kv.page_size)
     planner = Planner(loaded.cost, kv.page_size, mode="never")
     builder = BatchBuilder(planner, loaded.cost, cache, page_size=kv.page_size, device=device)
-    return DraftModel(loaded.model, builder, cache, max_context=max_context, vocab_size=model.vocab_size)
+    return DraftModel(loaded.model, builder, cache, max_context=max_context)
 
 
 def _drafter(kind: DrafterKind, config: WorkerConfig, device: torch.device) -> Drafter:

@@ -20,7 +20,6 @@ class Context(NamedTuple):
     salt: str  # whose data it is: what is learnt of one salt's tokens is never shown to another's
     tokens: Sequence[int]  # prompt, then output; the last is the draft's root. Read before the next step only
     num_prompt: int
-    temperature: float = 0.0
 
 
 class Verified(NamedTuple):

@@ -155,7 +155,6 @@ def _context(chunk: Chunk) -> Context:
         sequence.request.cache_salt,
         sequence.tokens,
         sequence.num_prompt,
-        sequence.request.sampling.temperature,
     )
 
 

@@ -8,7 +8,7 @@ from statistics import median
 WEIGHT = 0.1  # of a new measurement
 TRUSTED_AFTER = 3  # measurements; their median counts
 OUTLIER = 3.0  # a measurement beyond this multiple of what was expected counts as this multiple
-DOUBT = 0.9
+DOUBT = 0.9  # what times are multiplied by that let nothing pay
 GUESSED_SLOPE = 0.04  # of a step's time for each further row, until larger steps have been seen
 
 

@@ -113,3 +113,13 @@ def test_a_model_with_other_tokens_is_refused(root: Path, tmp_path: Path) -> Non
     config = WorkerConfig(model=ModelSection(path=root / "models" / "target"))
     with pytest.raises(ModelError, match="must have the tokenizer of its target"):
         make_draft_model(config, tmp_path, threads=1, device=torch.device("cpu"))
+
+
+def test_a_model_with_another_vocabulary_is_refused(root: Path, tmp_path: Path) -> None:
+    """Its tokens could be none of the target's, and the target's none of its."""
+    drafter = root / "models" / "drafter"
+    (tmp_path / "tokenizer.json").write_bytes((drafter / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text((drafter / "config.json").read_text().replace("4096", "4160"))
+    config = WorkerConfig(model=ModelSection(path=root / "models" / "target"))
+    with pytest.raises(ModelError, match="a vocabulary of 4160, its target one of 4096"):
+        make_draft_model(config, tmp_path, threads=1, device=torch.device("cpu"))
