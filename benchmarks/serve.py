@@ -7,7 +7,8 @@
 Several targets are compared, interleaved, on the same prompts; give them machines of their own, and never one cluster
 twice: the second would find the first one's prompts in its cache. For the same reason the seed is a new one each time,
 printed with the results; with --seed the run is repeated, on a fresh cluster. A request that is refused is counted as
-refused and not sent again. How tokens are timed is told in `tally.py`.
+refused and not sent again. How tokens are timed is told in `tally.py`. `--metrics` adds what the workers counted:
+tokens of a drafted step, which drafts were right, and how often drafting paid.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks import harness
 from benchmarks.benchmark import Arm, Benchmark, Measured, Workload
 from benchmarks.options import add_options, positive, read_options
 from benchmarks.prompts import Code, RandomTokens, Shape, lengths, prompts
+from benchmarks.scrape import drafting, totals
 from benchmarks.tally import tally
 from benchmarks.target import Access, Target
 from benchmarks.traffic import Ask, Trace, closed_loop, open_loop, poisson
@@ -53,16 +55,18 @@ class Load:
     rate_per_s: float = 0.0
 
 
-async def measure(target: Target, code: Code, workload: Workload[Load]) -> Measured:
-    """Put the load on the cluster once and tally what came back."""
+async def measure(target: Target, code: Code, workload: Workload[Load], *, endpoints: Sequence[str] = ()) -> Measured:
+    """Put the load on the cluster once and tally what came back, and what its workers counted at `endpoints`."""
     load = workload.params
     texts = await _prompts(load, workload.seed, target, code)
     asks = requests(load, workload.seed, texts)
+    before = await totals(endpoints)
     wall_begin_s, cpu_begin_s = time.perf_counter(), time.process_time()
     traces = await _drive(load, asks, target, workload.seed)
     cpu_percent = 100 * (time.process_time() - cpu_begin_s) / (time.perf_counter() - wall_begin_s)
     measured = tally(traces)
-    return replace(measured, values={**measured.values, "client_cpu_percent": cpu_percent})
+    drafted = drafting(before, await totals(endpoints))
+    return replace(measured, values={**measured.values, "client_cpu_percent": cpu_percent, **drafted})
 
 
 async def _prompts(load: Load, seed: int, target: Target, code: Code) -> Sequence[Prompt]:
@@ -131,22 +135,25 @@ def arms(args: argparse.Namespace, code: Code) -> list[Arm[Load]]:
     api_key = args.api_key_file.read_text().strip() if args.api_key_file else None
     named = (text.rpartition("=") for text in args.target or ["127.0.0.1:9000"])
     return [
-        _arm(name or address, Target(Access(address, args.wait, args.timeout, tls, api_key)), code)
+        _arm(name or address, Target(Access(address, args.wait, args.timeout, tls, api_key)), code, args.metrics)
         for name, _, address in named
     ]
 
 
-def _arm(name: str, target: Target, code: Code) -> Arm[Load]:
+def _arm(name: str, target: Target, code: Code, endpoints: Sequence[str]) -> Arm[Load]:
     async def measure_target(workload: Workload[Load]) -> Measured:
-        return await measure(target, code, workload)
+        return await measure(target, code, workload, endpoints=endpoints)
 
     return Arm(name, measure_target, setup=target.connect, teardown=target.close)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m benchmarks.serve") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=(__doc__ or "").partition("\n")[0])
+    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--target", action="append", help="[name=]host:port of a cluster (default 127.0.0.1:9000)")
+    made.add_argument(
+        "--metrics", action="append", default=[], help="host:port of a worker's metrics: tell how its drafts went"
+    )
     made.add_argument("--ca", type=Path, help="speak TLS, and trust the authority in this PEM file")
     made.add_argument("--api-key-file", type=Path, help="holds the key to show to the cluster")
     made.add_argument("--concurrency", type=_numbers(int), help="closed-loop clients, such as 1,8,32")
@@ -163,10 +170,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m benchmarks.serve") -> int:
     """Parse the command line, run the benchmark; the exit code."""
-    command_line = parser()
+    command_line = parser(prog)
     args = command_line.parse_args(arguments)
+    if args.metrics and len(args.target or ()) > 1:
+        command_line.error("--metrics are of one cluster's workers: give one --target")
     try:
         benchmark = Benchmark(name="serve", workloads=workloads(args), arms=arms(args, Code.heldout()))
     except ValueError as error:

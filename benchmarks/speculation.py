@@ -4,20 +4,25 @@
     python -m benchmarks.speculation --arms plain,copy --workloads code-1,copy-1
 
 Every arm is an engine loop of its own (scheduler, sampling and text in, no network), resident throughout, with as many
-threads as the plain one. A workload keeps so many requests running: as one ends, the next begins. `code` continues
-Python that the models have not seen; in `copy` the prompt is a piece of code followed by the beginning of its copy;
-`sampled` is `code` at temperature 0.8. The answers are the same for every arm up to rounding; that is tested elsewhere.
+threads as the plain one; but where a drafter runs in a process of its own (`pool`), its thread is one of them, unless
+it shall share the cores (`--share-cores`). A workload keeps so many requests running: as one ends, the next begins.
+`code` continues Python that the models have not seen; in `copy` the prompt is a piece of code followed by the beginning
+of its copy; `sampled` is `code` at temperature 0.8. The answers are the same for every arm up to rounding; that is
+tested elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import random
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +33,28 @@ from benchmarks.benchmark import Arm, Benchmark, Measured, Workload
 from benchmarks.options import add_options, positive, read_options
 from benchmarks.prompts import Code
 from protos.messages import Failure, Request, Sampling
-from workers.config import WorkerConfig
+from workers.config import DrafterConfig, WorkerConfig
+from workers.drafter import DrafterProcess
 from workers.engine.factory import make_engine
 from workers.engine.protocol import Engine
 from workers.loop import EngineLoop, Frame
 from workers.metrics import WorkerMetrics
+from workers.speculative.pool.members import Members, PoolAccess
 from workers.speculative.stats import SpeculationStats
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
+    "again": (),  # plain once more: what differs is noise
     "copy": ("copy",),
     "recycle": ("recycle",),
     "model": ("model",),
     "all": ("copy", "recycle", "model"),
+    "pool": ("pool",),
+    "copy+pool": ("copy", "pool"),
 }
+DEFAULT_ARMS = ",".join(name for name in ARMS if name != "again")
 SESSION = 1
+TOKEN = "of this benchmark alone"
 PROMPT_TOKENS = 300
 COPIED_TOKENS = 400  # of code, of which COPY_BEGUN tokens follow again
 COPY_BEGUN = 60
@@ -74,11 +86,44 @@ WORKLOADS: Mapping[str, Load] = {
 }
 
 
+class Remote:
+    """A drafter in a process of its own."""
+
+    def __init__(self, config: DrafterConfig, target: Path) -> None:
+        self._config = config
+        self._target = target
+
+    def start(self) -> PoolAccess:
+        """Returns when it listens."""
+        context = multiprocessing.get_context("spawn")
+        near, far = context.Pipe()
+        self._process = context.Process(target=_draft, args=(far, self._config, self._target), daemon=True)
+        self._process.start()
+        far.close()
+        self._end = near
+        return PoolAccess(Members({"0": near.recv()}), TOKEN)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._end.close()
+        self._process.join()
+
+
+def _draft(end: Connection, config: DrafterConfig, target: Path) -> None:
+    drafter = DrafterProcess(config, target=target, token=TOKEN)
+    end.send(drafter.start().channel)
+    with contextlib.suppress(EOFError):
+        end.recv()
+    drafter.stop()
+
+
 class Contender:
     """One arm's engine loop. Requests are handed in and counted on the engine's thread, one at a time."""
 
-    def __init__(self, config: WorkerConfig, threads: int) -> None:
+    def __init__(self, config: WorkerConfig, drafter: DrafterConfig | None, threads: int) -> None:
+        """`drafter`: of a process beside the engine, which has so many threads of its own."""
         self._config = config
+        self._drafter = None if drafter is None else Remote(drafter, config.model.path)
         self._threads = threads
         self._changed = threading.Condition()
         self._todo: list[Request] = []
@@ -89,7 +134,8 @@ class Contender:
 
     def setup(self) -> None:
         """Load the models and start the loop."""
-        self._engine: Engine = make_engine(self._config, threads=self._threads)
+        pool = None if self._drafter is None else self._drafter.start()
+        self._engine: Engine = make_engine(self._config, threads=self._threads, pool=pool)
         self._tokenizer = Tokenizer.from_file(str(self._config.model.path / "tokenizer.json"))
         metrics = WorkerMetrics(model_name=self._config.model.served_name, worker_id="0")
         stall_s = self._config.engine.stall_s
@@ -100,6 +146,8 @@ class Contender:
         """Stop the loop and leave nothing behind."""
         self._loop.stop()
         self._engine.close()
+        if self._drafter is not None:
+            self._drafter.stop()
 
     def measure(self, workload: Workload[Load]) -> Measured:
         """All of the workload's requests, from the first one's arrival to the last one's end."""
@@ -178,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="models/target", help="a Hugging Face directory (default models/target)")
     parser.add_argument("--draft-model", default="models/drafter", help="the small one (default models/drafter)")
     parser.add_argument("--threads", type=positive, default=2, help="CPU threads of each engine (default 2)")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)} (default all)")
+    parser.add_argument("--share-cores", action="store_true", help="drafters of their own leave the engine its threads")
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of {', '.join(ARMS)} (default {DEFAULT_ARMS})")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)} (default all)")
     args = parser.parse_args(arguments)
     options = read_options(args)
@@ -187,7 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "speculation",
         [Workload(name, WORKLOADS[name]) for name in workloads],
         [_arm(name, args) for name in arms],
-        config={"model": args.model, "draft_model": args.draft_model, "threads": args.threads},
+        config={
+            "model": args.model,
+            "draft_model": args.draft_model,
+            "threads": args.threads,
+            "share_cores": args.share_cores,
+        },
     )
     return harness.main(benchmark, options)
 
@@ -200,7 +254,13 @@ def _chosen(parser: argparse.ArgumentParser, text: str, known: Mapping[str, obje
 
 
 def _arm(name: str, args: argparse.Namespace) -> Arm[Load]:
-    contender = Contender(WorkerConfig.model_validate(_config(name, args)), args.threads)
+    drafter = None
+    if "pool" in ARMS[name]:
+        section = {"draft_model": args.draft_model, "metrics": {"port": 0}}
+        drafter = DrafterConfig.model_validate(section)
+    own_core = drafter is not None and not args.share_cores
+    threads = max(1, args.threads - 1) if own_core else args.threads
+    contender = Contender(WorkerConfig.model_validate(_config(name, args)), drafter, threads)
     return Arm(name, contender.measure, setup=contender.setup, teardown=contender.teardown)
 
 

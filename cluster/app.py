@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,26 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from cluster.config import HeadwaterConfig, from_tree, load
+from cluster.membership import MembershipFeed
 from protos.errors import ConfigError
-from router.deployment import MembershipFeed, Router
+from router.deployment import Router
 from workers.deployment import Worker
+from workers.drafter_deployment import Drafter
 
 APP_NAME = "headwater"
 WORKER_NAME = "Worker"
 ROUTER_NAME = "Router"
+DRAFTER_NAME = "Drafter"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 SHUTDOWN_MARGIN_S = 2.0  # between the end of a drain and Serve's kill
 MAX_CONTROL_CALLS = 100
 
 
 def build(config: HeadwaterConfig, *, local: bool = False) -> Application:
-    """Workers, and routers that follow them. `local`: everything shares this machine's cores and ports."""
+    """Drafters, workers that follow them, and routers that follow those. `local`: all share one machine's cores."""
     token = session_token(config)
-    return _router(config, token, _worker(config, token, local=local), local=local)
+    drafters = _drafter(config, token) if config.cluster.num_drafters else None
+    return _router(config, token, _worker(config, token, drafters, local=local), local=local)
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -56,8 +61,10 @@ def threads_per_worker(config: HeadwaterConfig, *, local: bool) -> int:
     """CPU threads of one engine: as configured, else its share of this machine, else what it reserves on its node."""
     if config.worker.engine.threads is not None:
         return config.worker.engine.threads
-    share = num_cores() / config.cluster.num_workers if local else config.cluster.worker_cpus
-    return max(1, math.floor(share))
+    if not local:
+        return max(1, math.floor(config.cluster.worker_cpus))
+    drafting = config.cluster.num_drafters * config.drafter.threads
+    return max(1, (num_cores() - drafting) // config.cluster.num_workers)
 
 
 def num_cores() -> int:
@@ -65,21 +72,35 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _worker(config: HeadwaterConfig, token: str, *, local: bool) -> Application:
-    threads = threads_per_worker(config, local=local)
-    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # read once, when torch loads
+def _drafter(config: HeadwaterConfig, token: str) -> Application:
+    cluster = config.cluster
+    return serve.deployment(
+        Drafter,
+        name=DRAFTER_NAME,
+        num_replicas=cluster.num_drafters,
+        ray_actor_options=_actor(
+            cluster.drafter_cpus, cluster.drafter_gpus, cluster.drafter_labels, threads=config.drafter.threads
+        ),
+        request_router_config=RequestRouterConfig(request_router_class=MembershipFeed),
+        **_life(config),
+    ).bind(config.drafter, target=config.worker.model.path, session_token=token)
+
+
+def _worker(config: HeadwaterConfig, token: str, drafters: Application | None, *, local: bool) -> Application:
+    cluster, threads = config.cluster, threads_per_worker(config, local=local)
     return serve.deployment(
         Worker,
         name=WORKER_NAME,
-        num_replicas=config.cluster.num_workers,
-        ray_actor_options={"num_cpus": config.cluster.worker_cpus, "runtime_env": {"env_vars": environment}},
+        num_replicas=cluster.num_workers,
+        ray_actor_options=_actor(cluster.worker_cpus, cluster.worker_gpus, cluster.worker_labels, threads=threads),
         request_router_config=RequestRouterConfig(request_router_class=MembershipFeed),
         **_life(config),
     ).bind(
         config.worker,
+        drafters,
         session_token=token,
         threads=threads,
-        drain_timeout_s=config.cluster.drain_timeout_s,
+        drain_timeout_s=cluster.drain_timeout_s,
     )
 
 
@@ -100,6 +121,13 @@ def _router(config: HeadwaterConfig, token: str, workers: Application, *, local:
         session_token=token,
         drain_timeout_s=config.cluster.drain_timeout_s,
     )
+
+
+def _actor(cpus: float, gpus: float, labels: Mapping[str, str], *, threads: int) -> dict[str, Any]:
+    """What Ray is told about a process that computes: what it reserves, on which nodes, with how many threads."""
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # read once, when torch loads
+    options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    return options | ({"label_selector": dict(labels)} if labels else {})
 
 
 def _life(config: HeadwaterConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
+from cluster.commands.bench import ITS_OWN_OPTIONS, bench
 from cluster.commands.generate import generate
 from cluster.commands.inspect import models, score, tokenize
 from cluster.commands.serve import serve
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (serve, generate, score, tokenize, models):
     app.command()(command)
+app.command(context_settings=ITS_OWN_OPTIONS)(bench)
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from protos.errors import ConfigError
 from router.config import RouterConfig, Section
-from workers.config import WorkerConfig
+from workers.config import DrafterConfig, WorkerConfig
 
 Tree: TypeAlias = dict[str, Any]
 
@@ -41,9 +41,19 @@ class ClusterSection(Section):
     """How many of what, where, and how long to wait for them."""
 
     num_workers: int = Field(default=2, ge=1, description="Workers: engines.")
+    num_drafters: int = Field(default=0, ge=0, description="Processes that draft for the workers (drafter).")
     num_routers: int = Field(default=1, ge=1, description="Routers: ingresses; across nodes one per node at most.")
     worker_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one worker reserves.")
     router_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one router reserves.")
+    drafter_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one drafter reserves.")
+    worker_gpus: float = Field(default=0, ge=0, description="GPUs of Ray's count that one worker reserves.")
+    drafter_gpus: float = Field(default=0, ge=0, description="GPUs of Ray's count that one drafter reserves.")
+    worker_labels: dict[str, str] = Field(
+        default={}, description="Labels of the nodes that may have workers, as Ray's label selectors; empty: any."
+    )
+    drafter_labels: dict[str, str] = Field(
+        default={}, description="The same for drafters: other nodes than the workers', where there are any."
+    )
     ready_timeout_s: float = Field(default=120.0, gt=0, description="Longest wait for everything to be up, seconds.")
     drain_timeout_s: float = Field(default=20.0, ge=0, description="Longest wait for live streams on stop, seconds.")
     health_check_period_s: float = Field(default=0.5, gt=0, description="Between two checks of one process, seconds.")
@@ -60,7 +70,23 @@ class HeadwaterConfig(Section):
 
     router: RouterConfig = RouterConfig()
     worker: WorkerConfig = WorkerConfig()
+    drafter: DrafterConfig = DrafterConfig()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _pool_is_used(self) -> HeadwaterConfig:
+        asks, num_drafters = "pool" in self.worker.engine.speculation.drafters, self.cluster.num_drafters
+        if asks and not num_drafters:
+            raise ValueError(
+                "worker.engine.speculation.drafters has pool, but cluster.num_drafters is 0; "
+                "set it to 1 or more, or leave pool out"
+            )
+        if num_drafters and not asks:
+            raise ValueError(
+                f"cluster.num_drafters is {num_drafters}, but worker.engine.speculation.drafters lacks pool, so nobody "
+                "would ask them; add pool there"
+            )
+        return self
 
     def dump(self) -> str:
         """The resolved tree as YAML, secrets masked."""
@@ -80,7 +106,7 @@ def from_tree(tree: Mapping[str, Any], *, source: str, origin: Mapping[str, str]
         config = HeadwaterConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, source, origin or {}) for item in error.errors())) from None
-    return _with_model_found(config)
+    return _with_models_found(config)
 
 
 def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -171,9 +197,20 @@ def _suggestion(key: str) -> str:
     return f"; valid keys there: {', '.join(siblings)}" if siblings else ""
 
 
-def _with_model_found(config: HeadwaterConfig) -> HeadwaterConfig:
-    """A relative model path made absolute: under the current directory, else beside the packages, else left alone."""
-    path = config.worker.model.path
-    found = next((base / path for base in (Path.cwd(), PACKAGE_ROOT) if (base / path).is_dir()), path)
-    model = config.worker.model.model_copy(update={"path": found})
-    return config.model_copy(update={"worker": config.worker.model_copy(update={"model": model})})
+def _with_models_found(config: HeadwaterConfig) -> HeadwaterConfig:
+    """Relative model paths made absolute: under the current directory, else beside the packages, else left alone."""
+    worker, drafter = config.worker, config.drafter
+    model = worker.model.model_copy(update={"path": _found(worker.model.path)})
+    speculation = worker.engine.speculation
+    speculation = speculation.model_copy(update={"draft_model": _found(speculation.draft_model)})
+    engine = worker.engine.model_copy(update={"speculation": speculation})
+    return config.model_copy(
+        update={
+            "worker": worker.model_copy(update={"model": model, "engine": engine}),
+            "drafter": drafter.model_copy(update={"draft_model": _found(drafter.draft_model)}),
+        }
+    )
+
+
+def _found(path: Path | None) -> Path | None:
+    return path and next((base / path for base in (Path.cwd(), PACKAGE_ROOT) if (base / path).is_dir()), path)

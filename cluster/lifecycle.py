@@ -22,7 +22,7 @@ from ray import serve
 from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatusOverview
 
-from cluster.app import APP_NAME, QUIET, ROUTER_NAME, WORKER_NAME, build, num_cores
+from cluster.app import APP_NAME, DRAFTER_NAME, QUIET, ROUTER_NAME, WORKER_NAME, build, num_cores
 from cluster.config import HeadwaterConfig
 from protos.errors import ConfigError, SetupError
 from router.deployment import RouterStatus
@@ -78,6 +78,7 @@ class Cluster:
         self._deployed = False
         self._stage = "Ray"
         self._num_ready = -1
+        self._num_drafting = 0
         self.endpoints: tuple[Endpoints, ...] = ()
 
     def __enter__(self) -> Self:
@@ -108,6 +109,13 @@ class Cluster:
     def worker_metrics(self) -> tuple[str, ...]:
         """The metrics endpoints of the workers there are now, host:port."""
         return tuple(sorted(self._status().workers.values()))
+
+    def drafter_metrics(self) -> tuple[str, ...]:
+        """The metrics endpoints of the drafters that the workers know now, host:port."""
+        if not self._config.cluster.num_drafters:
+            return ()
+        known: dict[str, str] = serve.get_app_handle(APP_NAME).drafters.remote().result(timeout_s=CALL_TIMEOUT_S)
+        return tuple(sorted(known.values()))
 
     def interrupt(self) -> None:
         """Ask for a stop; a second time: without waiting for live streams. Safe in a signal handler."""
@@ -177,7 +185,7 @@ class Cluster:
         self._deployed = True
 
     def _wait_ready(self) -> None:
-        """Poll until every router has every worker. Raises SetupError with the replica's own words when one fails."""
+        """Poll until everybody has found everybody. Raises SetupError with the replica's own words when one fails."""
         deadline = time.monotonic() + self._config.cluster.ready_timeout_s
         routers: dict[str, RouterStatus] = {}
         while len(routers) < self._config.cluster.num_routers:
@@ -197,34 +205,48 @@ class Cluster:
         if self._stage == "router" and _num_running(application, ROUTER_NAME):
             self._stage = "workers"
             self._report("Router up")
+        num_drafting, num_drafters = _num_running(application, DRAFTER_NAME), self._config.cluster.num_drafters
+        if num_drafting > self._num_drafting:
+            self._num_drafting = num_drafting
+            self._report(f"Drafter {num_drafting}/{num_drafters} ready")
         num_ready = _num_running(application, WORKER_NAME)
         if self._stage == "workers" and num_ready > max(self._num_ready, 0):
             self._num_ready = num_ready
             self._report(f"Worker {num_ready}/{self._config.cluster.num_workers} ready")
 
     def _connected_routers(self, application: ApplicationStatusOverview) -> dict[str, RouterStatus]:
-        """The status of the router that Serve picks, if it has every worker; repeated calls meet them all."""
-        if self._stage != "workers" or _num_running(application, WORKER_NAME) < self._config.cluster.num_workers:
+        """The status of the router that Serve picks, if it has every worker, and a worker that it asks every drafter.
+
+        Repeated calls meet all routers.
+        """
+        cluster = self._config.cluster
+        is_complete = (
+            _num_running(application, WORKER_NAME) >= cluster.num_workers
+            and _num_running(application, DRAFTER_NAME) >= cluster.num_drafters
+        )
+        if self._stage != "workers" or not is_complete:
             return {}
         try:
-            status = self._status()
+            status, num_drafters = self._status(), len(self.drafter_metrics())
         except (TimeoutError, ray.exceptions.RayError):  # it died or is slow: the next poll tells
             return {}
-        return {status.router_id: status} if status.num_connected >= self._config.cluster.num_workers else {}
+        is_connected = status.num_connected >= cluster.num_workers and num_drafters >= cluster.num_drafters
+        return {status.router_id: status} if is_connected else {}
 
     def _status(self) -> RouterStatus:
         status: RouterStatus = serve.get_app_handle(APP_NAME).status.remote().result(timeout_s=CALL_TIMEOUT_S)
         return status
 
     def _too_late(self) -> str:
-        ready = (
-            f" ({max(self._num_ready, 0)} of {self._config.cluster.num_workers} ready)"
-            if self._stage == "workers"
-            else ""
-        )
+        cluster, num_ready = self._config.cluster, max(self._num_ready, 0)
+        late = f"the {self._stage} did not come up"
+        if self._stage == "workers" and num_ready == cluster.num_workers and self._num_drafting < cluster.num_drafters:
+            late = f"the drafters did not come up ({self._num_drafting} of {cluster.num_drafters} ready)"
+        elif self._stage == "workers":
+            late += f" ({num_ready} of {cluster.num_workers} ready)"
         return (
-            f"the {self._stage} did not come up{ready} within cluster.ready_timeout_s = "
-            f"{self._config.cluster.ready_timeout_s:g} s; Ray's logs are kept in {self._kept_logs()}"
+            f"{late} within cluster.ready_timeout_s = {cluster.ready_timeout_s:g} s; "
+            f"Ray's logs are kept in {self._kept_logs()}"
         )
 
     def _check_interrupted(self) -> None:

@@ -1,6 +1,6 @@
 """The router as a Ray Serve deployment: life, membership and control calls. Tokens never pass through here.
 
-Serve pushes every change of the set of workers into this process (MembershipFeed), and Router hands it to its server.
+Serve pushes every change of the set of workers into this process, and Router hands it to its server.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from router.config import RouterConfig
 from router.server import RouterServer
@@ -28,34 +27,6 @@ class RouterStatus:
     metrics: str
     workers: Mapping[str, str]  # worker id to its metrics address
     num_connected: int  # workers with an open session
-
-
-class MembershipFeed(RequestRouter):  # type: ignore[misc]
-    """Tells the Router of this process which workers there are, as soon as Serve knows.
-
-    Serve copies this class by value, its module's globals included, so it finds the Router through Serve's context.
-    """
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Serve with the full set, on Serve's own event loop, at the start and after every change."""
-        super().update_replicas(replicas)
-        self._tell()
-
-    def _tell(self) -> None:
-        from ray.serve import get_replica_context
-
-        router = get_replica_context().servable_object
-        if router is None:  # its constructor is still running
-            asyncio.get_running_loop().call_later(0.02, self._tell)
-            return
-        replicas = self.curr_replicas.values()
-        router.workers_changed({replica.replica_id.unique_id: replica.replica_metadata for replica in replicas})
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        """Any worker will do: only control calls go through handles."""
-        return [candidate_replicas]
 
 
 class Router:
@@ -87,7 +58,7 @@ class Router:
         self._address = await self._server.start()
         self._workers = workers.options()  # an open handle keeps Serve's membership feed running
 
-    def workers_changed(self, announced: Mapping[str, Mapping[str, str]]) -> None:
+    def members_changed(self, announced: Mapping[str, Mapping[str, str]]) -> None:
         """The whole set of workers, id to what each announced. May be called from any thread."""
         self._loop.call_soon_threadsafe(self._set_workers, announced)
 
@@ -103,6 +74,11 @@ class Router:
         return RouterStatus(
             self._router_id, address.grpc, address.metrics, self._worker_metrics, self._server.num_connected
         )
+
+    async def drafters(self) -> dict[str, str]:
+        """For the driver, through the Serve handle: the drafters that a worker knows, id to metrics address."""
+        known: dict[str, str] = await self._workers.drafters.remote()
+        return known
 
     def check_health(self) -> None:
         """Called by Serve. Raises when this router can no longer serve; Serve then replaces the process."""

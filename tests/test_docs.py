@@ -9,7 +9,9 @@ from protos.messages import Load
 from router.metrics import RouterMetrics
 from workers.engine.protocol import EngineStats
 from workers.metrics import WorkerMetrics
-from workers.speculative.stats import SpeculationStats
+from workers.speculative.pool.metrics import DrafterCollector
+from workers.speculative.pool.stats import DrafterStats
+from workers.speculative.stats import PoolStats, SpeculationStats
 
 
 def exported(registry: CollectorRegistry) -> set[str]:
@@ -20,8 +22,10 @@ def exported(registry: CollectorRegistry) -> set[str]:
 
 def test_every_metric_is_documented_and_every_documented_one_exists(root: Path) -> None:
     workers = WorkerMetrics(model_name="m", worker_id="w")
-    workers.watch(Load, lambda: EngineStats(kv_total_pages=1, speculation=SpeculationStats()))
-    names = exported(RouterMetrics().registry) | exported(workers.registry)
+    workers.watch(Load, lambda: EngineStats(kv_total_pages=1, speculation=SpeculationStats(pool=PoolStats())))
+    drafters = CollectorRegistry()
+    drafters.register(DrafterCollector("m", "d", DrafterStats))
+    names = exported(RouterMetrics().registry) | exported(workers.registry) | exported(drafters)
     described = set(re.findall(r"^\| `([a-z_:0-9]+)` \|", (root / "docs" / "metrics.md").read_text(), re.MULTILINE))
     assert names == described
 

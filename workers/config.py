@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DrafterKind = Literal["copy", "recycle", "model"]
+HostedKind = Literal["copy", "recycle", "model"]  # drafters that can run in a process of their own, too
+DrafterKind = Literal["copy", "recycle", "model", "pool"]
 
 
 class Section(BaseModel):
@@ -86,23 +88,41 @@ class SharingSection(Section):
         return self
 
 
+def _check_drafters(drafters: Sequence[DrafterKind], draft_model: Path | None) -> None:
+    if len(set(drafters)) < len(drafters):
+        raise ValueError(f"drafters names one twice: {', '.join(drafters)}; name each once")
+    if "model" in drafters and draft_model is None:
+        raise ValueError("drafters has model, but draft_model is empty; give the small model's directory")
+
+
 class SpeculationSection(Section):
     """Several tokens a step: drafters guess them, the model checks all guesses at once. Never changes the text."""
 
     drafters: tuple[DrafterKind, ...] = Field(
         default=(),
-        description="copy: what followed before; recycle: what the model nearly chose; model: a small model. "
-        "Several are fused. Empty: none.",
+        description="copy: what followed before; recycle: what the model nearly chose; model: a small model; "
+        "pool: processes of their own (cluster.num_drafters). Several are fused. Empty: none.",
     )
     draft_model: Path | None = Field(default=None, description="The small model's directory; same tokenizer.")
     max_nodes: int = Field(default=24, ge=1, le=63, description="Guessed tokens of one output in one step, at most.")
+    verification: Literal["walk", "rejection"] = Field(
+        default="walk",
+        description="Of sampled outputs. walk: the text is that without drafts; rejection: only its distribution is, "
+        "but more is accepted. For drafters: [model].",
+    )
+    num_candidates: int = Field(
+        default=1, ge=1, le=8, description="With rejection, tokens drawn at each place: 1 is a chain, more a tree."
+    )
+    deadline_s: float = Field(default=0.002, gt=0, description="Longest wait of a step for the pool, seconds.")
 
     @model_validator(mode="after")
     def _is_complete(self) -> SpeculationSection:
-        if len(set(self.drafters)) < len(self.drafters):
-            raise ValueError(f"drafters names one twice: {', '.join(self.drafters)}; name each once")
-        if "model" in self.drafters and self.draft_model is None:
-            raise ValueError("drafters has model, but draft_model is empty; give the small model's directory")
+        _check_drafters(self.drafters, self.draft_model)
+        if self.verification == "rejection" and self.drafters != ("model",):
+            raise ValueError(
+                f"verification is rejection, but drafters is [{', '.join(self.drafters)}]; only a model in the worker "
+                "can say what its guesses were drawn from: set drafters to [model], or verification to walk"
+            )
         return self
 
 
@@ -132,6 +152,33 @@ class MetricsSection(Section):
 
     host: str = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=9101, ge=0, le=65535, description="First port tried, then the next; 0: any free.")
+
+
+class DrafterMetricsSection(MetricsSection):
+    """The Prometheus endpoint of a drafter: other ports than the workers'."""
+
+    port: int = Field(default=9131, ge=0, le=65535, description="First port tried, then the next; 0: any free.")
+
+
+class DrafterConfig(Section):
+    """One process of the pool: drafters for the model that the workers serve. Never changes the text."""
+
+    drafters: tuple[HostedKind, ...] = Field(
+        default=("model",), min_length=1, description="As in worker.engine.speculation. Several are fused."
+    )
+    draft_model: Path | None = Field(default=Path("models/drafter"), description="The small model's directory.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="Of the small model.")
+    threads: int = Field(default=1, ge=1, description="CPU threads.")
+    max_sequences: int = Field(default=1024, ge=1, description="Outputs that it keeps; the oldest gives way.")
+    host: str = Field(default="127.0.0.1", description="Address to bind and to announce; empty: the node's address.")
+    kernels: KernelsSection = KernelsSection()
+    kv: KVSection = KVSection()
+    metrics: DrafterMetricsSection = DrafterMetricsSection()
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> DrafterConfig:
+        _check_drafters(self.drafters, self.draft_model)
+        return self
 
 
 class WorkerConfig(Section):

@@ -161,6 +161,12 @@ class _EngineCollector(Collector):
         yield self._counters("headwater_drafted_tokens", "Tokens drafted.", "drafter", stats.drafted_by)
         yield self._counters("headwater_accepted_draft_tokens", "Of those, right.", "drafter", stats.accepted_by)
         yield self._counters("headwater_speculation_steps", "Steps that could draft.", "drafters", stats.decisions)
+        if stats.pool is not None:
+            yield self._gauge("headwater_pool_drafters", "Drafters connected.", stats.pool.num_drafters)
+            yield self._counter("headwater_pool_late", "Waits that reached the deadline.", stats.pool.num_late)
+            yield self._counter("headwater_pool_stale", "Drafts that came too late.", stats.pool.num_stale)
+            yield self._counter("headwater_pool_nacks", "Outputs a drafter had lost.", stats.pool.num_nacks)
+            yield self._counter("headwater_pool_wait_seconds", "Waited for drafts.", stats.pool.wait_s)
 
     def _counters(self, name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
         family = CounterMetricFamily(name, meaning, labels=[*self._labels, label])
@@ -182,8 +188,8 @@ class _EngineCollector(Collector):
 class MetricsServer:
     """The HTTP endpoint Prometheus scrapes, on a thread of its own."""
 
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
-        """Bind `port`, or the first free one after it; 0 takes any. Raises SetupError if none is free."""
+    def __init__(self, registry: CollectorRegistry, *, host: str, port: int, section: str = "worker.metrics") -> None:
+        """Bind `port`, or the first free one after it; 0 takes any. Raises SetupError, naming `section`, if none is."""
         candidates = range(port, min(port + PORT_ATTEMPTS, 65536)) if port else (0,)
         for candidate in candidates:
             try:
@@ -192,7 +198,7 @@ class MetricsServer:
                 continue
             self.address = f"{host}:{self._server.server_port}"
             return
-        raise SetupError(f"no free metrics port from {port} on {host}; set worker.metrics.port")
+        raise SetupError(f"no free metrics port from {port} on {host}; set {section}.host and {section}.port")
 
     def stop(self) -> None:
         self._server.shutdown()

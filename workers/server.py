@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from workers.config import WorkerConfig
 from workers.engine.factory import make_engine
 from workers.loop import EngineLoop, Frame
 from workers.metrics import MetricsServer, WorkerMetrics
+from workers.speculative.pool.members import Members, PoolAccess
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class WorkerServer:
         self._sessions: dict[int, asyncio.Queue[pb.WorkerFrame | None]] = {}
         self._num_sessions = 0
         self._loop: EngineLoop | None = None  # until started
+        self._drafters = Members()
         self._exits = AsyncExitStack()
 
     @property
@@ -73,7 +75,9 @@ class WorkerServer:
     async def _start(self, exits: AsyncExitStack) -> WorkerAddress:
         config = self._config
         metrics = WorkerMetrics(model_name=config.model.served_name, worker_id=self._worker_id)
-        engine = await asyncio.to_thread(make_engine, config, threads=self._threads)
+        engine = await asyncio.to_thread(
+            make_engine, config, threads=self._threads, pool=PoolAccess(self._drafters, self._token)
+        )
         exits.callback(engine.close)
         self._model = engine.model
         event_loop = asyncio.get_running_loop()
@@ -92,6 +96,10 @@ class WorkerServer:
         server, session_port = await self._listen(config.session.host)
         exits.push_async_callback(server.stop, STOP_GRACE_S)
         return WorkerAddress(f"{config.session.host}:{session_port}", scrape.address)
+
+    def set_drafters(self, addresses: Mapping[str, str]) -> None:
+        """There are these drafters now: id to address. Safe from any thread."""
+        self._drafters.set(addresses)
 
     def check(self) -> None:
         """Raises EngineFailure if the engine is broken or hangs."""

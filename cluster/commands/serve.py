@@ -64,17 +64,25 @@ def _run(config: HeadwaterConfig, log_file: Path) -> None:
 def _welcome(screen: Console, config: HeadwaterConfig, cluster: Cluster, log_file: Path) -> None:
     target = cluster.endpoints[0].grpc
     at = "" if target == "127.0.0.1:9000" else f" --target {target}"
+    parts = [_count(config.cluster.num_workers, "worker"), _count(config.cluster.num_drafters, "drafter")]
     screen.print(
-        f"\n[bold]Headwater[/] serves {config.worker.model.served_name} with {config.cluster.num_workers} workers\n"
+        f"\n[bold]Headwater[/] serves {config.worker.model.served_name} with {' and '.join(filter(None, parts))}\n"
     )
     for router in cluster.endpoints:
         screen.print(f"  gRPC       {router.grpc}")
         screen.print(f"  metrics    http://{router.metrics}/metrics  (router)")
     for metrics in cluster.worker_metrics():
         screen.print(f"             http://{metrics}/metrics  (worker)")
+    for metrics in cluster.drafter_metrics():
+        screen.print(f"             http://{metrics}/metrics  (drafter)")
     screen.print(f"  log        {log_file}\n")
     screen.print(f'Try it:  .venv/bin/headwater generate "def fibonacci(n):"{at}')
     screen.print("Stop it: Ctrl-C", end="\n\n")
+
+
+def _count(number: int, noun: str) -> str:
+    """Such as "2 workers"; empty for none."""
+    return f"{number} {noun}{'' if number == 1 else 's'}" if number else ""
 
 
 def _log_to(folder: Path) -> Path:

@@ -1,14 +1,32 @@
 """The composition root: what a configuration becomes, without a Ray."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.serve import Application
 from ray.serve._private.build_app import build_app as flatten
 
-from cluster.app import APP_NAME, ROUTER_NAME, WORKER_NAME, build_app, session_token, threads_per_worker
+from cluster.app import (
+    APP_NAME,
+    DRAFTER_NAME,
+    ROUTER_NAME,
+    WORKER_NAME,
+    build,
+    build_app,
+    session_token,
+    threads_per_worker,
+)
 from cluster.config import load
 from protos.errors import ConfigError
+
+POOL = ("cluster.num_drafters=2", "worker.engine.speculation.drafters=[copy, pool]")
+
+
+def actor_options(*overrides: str) -> dict[str, dict[str, Any]]:
+    """By deployment, what Ray is told about its processes."""
+    built = flatten(build(load(None, overrides)), name=APP_NAME)
+    return {deployment.name: deployment.ray_actor_options for deployment in built.deployments}
 
 
 def deployments(application: Application) -> dict[str, int | None]:
@@ -49,3 +67,42 @@ def test_workers_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch)
     assert threads_per_worker(load(None, ["cluster.num_workers=9"]), local=True) == 1
     assert threads_per_worker(load(None, ["worker.engine.threads=5"]), local=True) == 5
     assert threads_per_worker(load(None, ["cluster.worker_cpus=4"]), local=False) == 4
+
+
+def test_drafters_are_deployed_where_they_are_wanted() -> None:
+    assert deployments(build(load(None))) == {WORKER_NAME: 2, ROUTER_NAME: 1}
+    assert deployments(build(load(None, POOL))) == {DRAFTER_NAME: 2, WORKER_NAME: 2, ROUTER_NAME: 1}
+
+
+def test_labels_and_devices_place_workers_and_drafters() -> None:
+    placed = actor_options(
+        *POOL,
+        "cluster.worker_labels={headwater/role: worker}",
+        "cluster.drafter_labels={headwater/role: drafter, gpu: small}",
+        "cluster.worker_cpus=2",
+        "cluster.worker_gpus=1",
+        "cluster.drafter_cpus=0.5",
+        "cluster.drafter_gpus=0.25",
+        "drafter.threads=3",
+    )
+    worker, drafter = placed[WORKER_NAME], placed[DRAFTER_NAME]
+    assert worker["label_selector"] == {"headwater/role": "worker"}
+    assert drafter["label_selector"] == {"headwater/role": "drafter", "gpu": "small"}
+    assert (worker["num_cpus"], worker["num_gpus"]) == (2, 1)
+    assert (drafter["num_cpus"], drafter["num_gpus"]) == (0.5, 0.25)
+    assert worker["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert drafter["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+
+
+def test_without_labels_any_node_will_do() -> None:
+    placed = actor_options(*POOL)
+    assert not placed[WORKER_NAME].get("label_selector")
+    assert not placed[DRAFTER_NAME].get("label_selector")
+
+
+def test_workers_of_one_machine_leave_the_drafters_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.app.num_cores", lambda: 8)
+    assert threads_per_worker(load(None, POOL), local=True) == 3
+    assert threads_per_worker(load(None, [*POOL, "drafter.threads=2"]), local=True) == 2
+    assert threads_per_worker(load(None, [*POOL, "drafter.threads=4"]), local=True) == 1
+    assert threads_per_worker(load(None, [*POOL, "cluster.worker_cpus=4"]), local=False) == 4

@@ -136,6 +136,56 @@ def test_secrets_are_named_by_file_never_held() -> None:
     assert [path for path in key_paths(HeadwaterConfig) if path.endswith(suspects)] == []
 
 
+def test_a_pool_that_nobody_is_in_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "", "worker.engine.speculation.drafters=[copy, pool]")
+    assert "worker.engine.speculation.drafters" in message
+    assert "cluster.num_drafters" in message
+
+
+@pytest.mark.parametrize("drafters", ["[]", "[copy]"])
+def test_drafters_that_nobody_asks_are_refused(tmp_path: Path, drafters: str) -> None:
+    overrides = ("cluster.num_drafters=2", f"worker.engine.speculation.drafters={drafters}")
+    message = refusal(tmp_path, "", *overrides)
+    assert "worker.engine.speculation.drafters" in message
+    assert "cluster.num_drafters is 2" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("drafter.drafters=[pool]", "drafter.drafters"),
+        ("drafter.drafters=[]", "drafter.drafters"),
+        ("drafter.drafters=[copy, copy]", "copy, copy"),
+        ("drafter.draft_model=null", "draft_model"),
+        ("cluster.num_drafters=-1", "cluster.num_drafters"),
+        ("cluster.drafter_gpus=-1", "cluster.drafter_gpus"),
+        ("cluster.drafter_labels=small", "cluster.drafter_labels"),
+        ("cluster.worker_labels={gpu: 1}", "cluster.worker_labels"),
+    ],
+)
+def test_a_drafter_that_cannot_be_is_refused(tmp_path: Path, override: str, words: str) -> None:
+    message = refusal(tmp_path, "", override)
+    assert words in message
+    assert override in message
+
+
+def test_drafters_keep_their_metrics_port_whatever_else_is_set() -> None:
+    config = load(None, ["drafter.metrics.host=0.0.0.0", "worker.metrics.host=0.0.0.0"])
+    assert config.drafter.metrics.port == load(None).drafter.metrics.port == 9131
+    assert config.worker.metrics.port == 9101
+
+
+def test_draft_models_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = "worker.engine.speculation.draft_model=models/drafter"
+    config = load(None, [own])
+    assert config.drafter.draft_model == PACKAGE_ROOT / "models/drafter"
+    assert config.worker.engine.speculation.draft_model == PACKAGE_ROOT / "models/drafter"
+    (tmp_path / "models/drafter").mkdir(parents=True)
+    assert load(None).drafter.draft_model == tmp_path / "models/drafter"
+    assert load(None, [own]).worker.engine.speculation.draft_model == tmp_path / "models/drafter"
+
+
 def test_model_path_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load(None).worker.model.path == PACKAGE_ROOT / "models/target"

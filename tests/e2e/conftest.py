@@ -26,7 +26,10 @@ SETTINGS = (
     "worker.metrics.port=0",
     "worker.engine.threads=1",
     "worker.engine.kv.num_pages=1024",
-    "worker.engine.speculation.drafters=[copy, recycle]",
+    "worker.engine.speculation.drafters=[copy, pool]",
+    "cluster.num_drafters=1",
+    "drafter.drafters=[recycle, model]",
+    "drafter.metrics.port=0",
 )
 
 
@@ -56,8 +59,18 @@ async def client(target: str) -> AsyncIterator[Client]:
 
 def worker_processes() -> list[psutil.Process]:
     """The worker replicas among this process's descendants."""
+    return replicas("Worker")
+
+
+def drafter_processes() -> list[psutil.Process]:
+    """The drafter replicas among this process's descendants."""
+    return replicas("Drafter")
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """Of one deployment, among this process's descendants."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "ServeReplica:headwater:Worker" in " ".join(command(child))]
+    return [child for child in children if f"ServeReplica:headwater:{deployment}" in " ".join(command(child))]
 
 
 def command(process: psutil.Process) -> list[str]:

@@ -25,9 +25,9 @@ def serve_command(root: Path, *settings: str) -> list[str]:
 
 
 @contextmanager
-def serving(root: Path, log_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(root: Path, log_dir: Path, *settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A cluster in a process of its own, and what it printed until it was ready."""
-    command = serve_command(root, f"cluster.log_dir={log_dir}", "cluster.drain_timeout_s=2")
+    command = serve_command(root, f"cluster.log_dir={log_dir}", "cluster.drain_timeout_s=2", *settings)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
     assert process.stdout is not None
     printed = ""
@@ -43,13 +43,31 @@ def serving(root: Path, log_dir: Path) -> Iterator[tuple[subprocess.Popen[str], 
         process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serve_starts_serves_and_leaves_nothing(root: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with serving(root, tmp_path) as (process, printed):
+ONE_OF_EACH = (
+    "cluster.num_workers=1",
+    "cluster.num_drafters=1",
+    "worker.engine.speculation.drafters=[pool]",
+    "drafter.metrics.port=0",
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "parts"),
+    [(signal.SIGINT, (), "2 workers"), (signal.SIGTERM, ONE_OF_EACH, "1 worker and 1 drafter")],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_serve_starts_serves_and_leaves_nothing(
+    root: Path, tmp_path: Path, number: signal.Signals, settings: tuple[str, ...], parts: str
+) -> None:
+    with serving(root, tmp_path, *settings) as (process, printed):
         found = re.search(r"gRPC\s+(\S+)", printed)
         assert found
         assert printed.count("/metrics") == 3
-        assert "Worker 2/2 ready" in printed
+        assert f"with {parts}\n" in printed
+        for part in parts.split(" and "):
+            how_many, what = part.removesuffix("s").split()
+            assert f"{what.capitalize()} {how_many}/{how_many} ready" in printed
+            assert printed.count(f"/metrics  ({what})") == int(how_many)
         answer = subprocess.run(
             [HEADWATER, "generate", "import ", "--target", found[1], "--max-tokens", "8", "--json"],
             capture_output=True,

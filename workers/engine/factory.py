@@ -8,10 +8,14 @@ from protos.messages import ModelInfo
 from workers.config import WorkerConfig
 from workers.engine.protocol import Engine
 from workers.model.config import ModelConfig
+from workers.speculative.pool.members import PoolAccess
 
 
-def make_engine(config: WorkerConfig, *, threads: int) -> Engine:
-    """Build the configured engine with its model loaded. Raises ModelError. Takes seconds: not on an event loop."""
+def make_engine(config: WorkerConfig, *, threads: int, pool: PoolAccess | None = None) -> Engine:
+    """Build the configured engine with its model loaded. Raises ModelError. Takes seconds: not on an event loop.
+
+    `pool`: the way to drafters in other processes, where the configuration asks for them.
+    """
     match config.engine.kind:
         case "torch":
             import torch
@@ -19,7 +23,7 @@ def make_engine(config: WorkerConfig, *, threads: int) -> Engine:
             from workers.engine.torch_engine import TorchEngine
 
             torch.set_num_threads(threads)
-            engine = TorchEngine(config, threads=threads)
+            engine = TorchEngine(config, threads=threads, pool=pool)
             if engine.kernels != "torch":
                 torch.set_num_threads(1)  # the kernels have threads of their own; two pools would fight for the cores
             return engine

@@ -20,6 +20,7 @@ from workers.model.runner import Runner
 from workers.scheduler.scheduler import Limits, Scheduler
 from workers.scheduler.step import StepPlan
 from workers.speculative.factory import make_speculator
+from workers.speculative.pool.members import PoolAccess
 from workers.speculative.protocol import Key
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,14 @@ log = logging.getLogger(__name__)
 class TorchEngine:
     """An Engine in plain torch. Owns the scheduler, the model and the store of keys and values."""
 
-    def __init__(self, config: WorkerConfig, *, threads: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        threads: int = 1,
+        device: torch.device | None = None,
+        pool: PoolAccess | None = None,
+    ) -> None:
         device = device or torch.device("cpu")
         model = ModelConfig.from_directory(config.model.path)
         kv = config.engine.kv
@@ -46,7 +54,7 @@ class TorchEngine:
         planner = Planner(loaded.cost, kv.page_size, mode=_sharing_mode(config.engine.sharing))
         self._builder = BatchBuilder(planner, loaded.cost, self._cache, page_size=kv.page_size, device=device)
         self._runner = Runner(loaded.model, self._builder, eos_token_ids)
-        self._speculator = make_speculator(config, device=device)
+        self._speculator = make_speculator(config, device=device, access=pool)
         log.info("%s: %s kernels, %s, %d threads", self._info.name, loaded.kernels, config.model.dtype, threads)
 
     @property
@@ -119,7 +127,9 @@ class TorchEngine:
         self._scheduler.check()
 
     def close(self) -> None:
-        """Nothing to stop: memory goes with the object."""
+        """End the channels to drafters; memory goes with the object."""
+        if self._speculator is not None:
+            self._speculator.close()
 
     def _limits(self, config: WorkerConfig) -> Limits:
         scheduler = config.engine.scheduler

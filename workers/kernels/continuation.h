@@ -6,17 +6,18 @@
 #include <vector>
 
 #include "decoder.h"
+#include "top_ids.h"
 
 namespace headwater {
 
-// The softmax of the highest of `size` logits.
-inline float probability_of(const float* logits, int size, float highest) {
+// The softmax of the highest of `size` logits: what its exponential, 1, is to be divided by.
+inline float sum_of_exponentials(const float* logits, int size, float highest) {
   Vec sums = splat(0.f);
   int i = 0;
   for (; i + kLanes <= size; i += kLanes) sums = sums + exp2_of((load(logits + i) - splat(highest)) * splat(kLog2E));
   float sum = sum_of(sums);
   for (; i < size; i++) sum += std::exp(logits[i] - highest);
-  return 1.f / sum;
+  return sum;
 }
 
 // Moves each row on by one position: to the token chosen for it, its slot, and one key more of its own segment, which is
@@ -31,21 +32,24 @@ inline void advance(Step& step, Segment* segments, int64_t* token_ids, int64_t* 
   }
 }
 
-// ids and probabilities [num_steps][rows]. Ends when no row's tokens are right with a probability of at least `least`
+constexpr int kChoices = 2;  // tokens told of each row: the one that is fed to the next step, and the runner-up
+
+// ids and probabilities [num_steps][rows][kChoices]. Ends when no row's tokens are right with a probability of at least `least`
 // any more, all of them together; returns the number of steps made. Needs logits.
 template <class T>
 int continue_greedily(Decoder<T>& decoder, Step& step, int page_size, int vocab_size, int num_steps, float least,
-                      int64_t* ids, float* probabilities) {
+                      int* ids, float* probabilities) {
   std::vector<float> paths(step.num_rows, 1.f);
   for (int done = 0;;) {
     decoder.forward(step);
     bool goes_on = false;
     for (int row = 0; row < step.num_rows; row++) {
       const float* const logits = step.logits + long(row) * vocab_size;
-      const float probability = probability_of(logits, vocab_size, logits[step.argmax[row]]);
-      ids[long(done) * step.num_rows + row] = step.argmax[row];
-      probabilities[long(done) * step.num_rows + row] = probability;
-      paths[row] *= probability;
+      const long at = (long(done) * step.num_rows + row) * kChoices;
+      find_top_ids(logits, vocab_size, kChoices, ids + at);
+      const float highest = logits[ids[at]], sum = sum_of_exponentials(logits, vocab_size, highest);
+      for (int i = 0; i < kChoices; i++) probabilities[at + i] = std::exp(logits[ids[at + i]] - highest) / sum;
+      paths[row] *= probabilities[at];
       goes_on |= paths[row] >= least;
     }
     if (++done == num_steps || !goes_on) return done;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from workers.attention.protocol import KVShape, StepBatch
 from workers.kernels.library import AttentionShape, DecoderShape, Library, NativeStep, check_shape
 from workers.model.decoder import Decoder
 from workers.model.layers import Layer, Linear, RMSNorm
-from workers.model.scores import AttentionTimes, Continuations, Scores
+from workers.model.scores import NUM_CHOICES, AttentionTimes, Continuations, Scores
 
 # decoder.h: Weight and Norm
+_Number = TypeVar("_Number", int, float)
+
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN, _HEAD, _EMBEDDING = range(9)
 _ATTENTION_NORM, _FEED_FORWARD_NORM, _QUERY_NORM, _KEY_NORM, _FINAL_NORM = range(5)
 
@@ -73,16 +76,18 @@ class NativeDecoder:
         step, num_rows = NativeStep(batch), len(batch.positions)
         logits = torch.empty(num_rows, self._vocab_size)
         step.struct.logits = logits.data_ptr()
-        ids, probabilities = array("q", bytes(8 * num_rows * num_steps)), array("f", bytes(4 * num_rows * num_steps))
+        num_chosen = num_rows * NUM_CHOICES
+        room = bytes(4 * num_chosen * num_steps)
+        ids, probabilities = array("i", room), array("f", room)
         addresses = [values.buffer_info()[0] for values in (ids, probabilities)]
         done = self._library.call(
             "decoder_continue", self._handle, ctypes.byref(step.struct), num_steps, least, *addresses
         )
         self._library.check(min(done, 0))
-        starts = range(0, done * num_rows, num_rows)
+        starts = range(0, done * num_chosen, num_chosen)
         return Continuations(
-            [ids[at : at + num_rows].tolist() for at in starts],
-            [probabilities[at : at + num_rows].tolist() for at in starts],
+            [_choices(ids[at : at + num_chosen].tolist()) for at in starts],
+            [_choices(probabilities[at : at + num_chosen].tolist()) for at in starts],
         )
 
     def copy_page(self, source: int, target: int) -> None:
@@ -151,3 +156,8 @@ class NativeDecoder:
     def _set_norm(self, index: int, kind: int, weight: Tensor) -> None:
         wide = weight.float().contiguous()
         self._library.call("decoder_set_norm", self._handle, index, kind, wide.data_ptr())
+
+
+def _choices(values: list[_Number]) -> list[tuple[_Number, ...]]:
+    """What one step chose, by row."""
+    return [tuple(values[at : at + NUM_CHOICES]) for at in range(0, len(values), NUM_CHOICES)]

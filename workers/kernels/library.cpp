@@ -8,6 +8,7 @@
 
 #include "continuation.h"
 #include "decoder.h"
+#include "top_ids.h"
 
 namespace headwater {
 
@@ -109,7 +110,7 @@ class AnyDecoder {
   virtual void copy_page(int source, int target) = 0;
   virtual void copy_token(long source, long target) = 0;
   virtual void forward(Step& step) = 0;
-  virtual int continue_greedily(Step& step, int num_steps, float least, int64_t* ids, float* probabilities) = 0;
+  virtual int continue_greedily(Step& step, int num_steps, float least, int* ids, float* probabilities) = 0;
   virtual void rehearse(Step& step, int num_times) = 0;
 };
 
@@ -129,7 +130,7 @@ class DecoderOf final : public AnyDecoder {
   void copy_page(int source, int target) override { decoder_.copy_page(source, target); }
   void copy_token(long source, long target) override { decoder_.copy_token(source, target); }
   void forward(Step& step) override { decoder_.forward(step); }
-  int continue_greedily(Step& step, int num_steps, float least, int64_t* ids, float* probabilities) override {
+  int continue_greedily(Step& step, int num_steps, float least, int* ids, float* probabilities) override {
     return headwater::continue_greedily(decoder_, step, shape_.attention.page_size, shape_.vocab_size, num_steps, least,
                                         ids, probabilities);
   }
@@ -139,45 +140,6 @@ class DecoderOf final : public AnyDecoder {
   const DecoderShape shape_;
   Decoder<T> decoder_;
 };
-
-// Keeps the highest of the values it is offered, best first, and of equals the first.
-class TopIds {
- public:
-  TopIds(int count, int* ids) : count_(count), values_(count), ids_(ids) {}
-
-  bool takes(float value) const { return size_ < count_ || value > values_[count_ - 1]; }
-
-  void offer(float value, int id) {
-    if (!takes(value)) return;
-    if (size_ < count_) size_++;
-    int place = size_ - 1;
-    for (; place > 0 && values_[place - 1] < value; place--) {
-      values_[place] = values_[place - 1];
-      ids_[place] = ids_[place - 1];
-    }
-    values_[place] = value;
-    ids_[place] = id;
-  }
-
- private:
-  const int count_;
-  int size_ = 0;
-  std::vector<float> values_;
-  int* const ids_;
-};
-
-// The `count` largest of `size` numbers; count <= size.
-void find_top_ids(const float* values, int size, int count, int* ids) {
-  constexpr int kBlock = 64;
-  TopIds top(count, ids);
-  for (int first = 0; first < size; first += kBlock) {
-    const int last = std::min(first + kBlock, size);
-    float highest = values[first];
-    for (int i = first; i < last; i++) highest = std::max(highest, values[i]);
-    if (!top.takes(highest)) continue;
-    for (int i = first; i < last; i++) top.offer(values[i], i);
-  }
-}
 
 void require_tiles() {
   if (!allow_tiles()) throw std::runtime_error("the operating system refuses AMX tiles; choose another variant");
@@ -267,7 +229,7 @@ int headwater_decoder_forward(AnyDecoder* decoder, Step* step) {
 }
 
 // The number of steps made, or -1.
-int headwater_decoder_continue(AnyDecoder* decoder, Step* step, int num_steps, float least, int64_t* ids,
+int headwater_decoder_continue(AnyDecoder* decoder, Step* step, int num_steps, float least, int* ids,
                                float* probabilities) {
   int done = 0;
   const int status = guarded([&] { done = decoder->continue_greedily(*step, num_steps, least, ids, probabilities); });

@@ -47,7 +47,9 @@ class ModelConfig:
         for what is not supported.
         """
         if not path.is_dir():
-            raise ModelError(f"{path}: no such directory; set model.path to a Hugging Face model directory")
+            raise ModelError(
+                f"{path}: no such directory; set worker.model.path or draft_model to a Hugging Face model directory"
+            )
         config = JsonObject.read(path / "config.json")
         architecture = _architecture(config)
         _refuse_unsupported(config)

@@ -3,11 +3,14 @@
 A draw is keyed by (request seed, output index, position, token id), so a token does not depend on which other requests
 ran beside it, on preemption, or on the worker. The generator is SplitMix64 used as a counter-based one (Steele, Lea and
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): mix(key + counter * golden ratio).
+
+What else is drawn at a position has a purpose in its key, so that it is independent of the token's draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Final
 
 import numpy as np
@@ -19,6 +22,13 @@ MASK: Final = (1 << 64) - 1
 GOLDEN: Final = 0x9E3779B97F4A7C15
 MULTIPLIERS: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 MANTISSA_BITS: Final = 52
+
+
+class Purpose(IntEnum):
+    """What a position's draws are for, other than its token. A change of a number changes seeded texts."""
+
+    PROPOSE = 1  # a drafter's candidates
+    VERIFY = 2  # whether the target takes them, and what it says instead
 
 
 def draw_key(seed: int, index: int, position: int) -> int:
@@ -35,6 +45,13 @@ def draw_keys(seeds: Sequence[int], indexes: Sequence[int], positions: Sequence[
     parts[1:] += np.uint64(GOLDEN)
     mix(parts)
     return mix(mix(parts[0] ^ parts[1]) ^ parts[2])
+
+
+def uniforms(key: int, purpose: Purpose, count: int) -> NDArray[np.float64]:
+    """The first `count` of a position's uniform draws in (0, 1) for a purpose; `key` is its token's. [count]"""
+    stream = _mix(key ^ _mix(purpose + GOLDEN & MASK))
+    bits = mix(counters(count) + np.uint64(stream)) >> np.uint64(64 - MANTISSA_BITS)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-MANTISSA_BITS
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

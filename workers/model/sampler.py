@@ -7,9 +7,11 @@ on a CPU the draws of the others are made by `race`, elsewhere in one batch wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +51,21 @@ def sample(logits: Tensor, rows: Sequence[Row | None]) -> list[int]:
         for i, token_id in zip(picky, _choose(shaped, asked), strict=True):
             chosen[i] = token_id
     return chosen
+
+
+@torch.inference_mode()
+def probabilities(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """What each row's token is drawn from, after penalties, bias, bans, temperature and filters.
+
+    All of it lies on one token if the row is greedy or its largest logit is not finite. [rows, vocab], float64
+    """
+    shaped = _shape(logits, rows)
+    scores = shaped / _column([1.0 if row.is_greedy else row.sampling.temperature for row in rows], shaped)
+    probs = _kept(scores, [row.sampling for row in rows]).double().softmax(dim=-1)
+    is_certain = ~scores.amax(dim=-1).isfinite()
+    is_certain |= torch.tensor([row.is_greedy for row in rows], device=scores.device)
+    one_hot = torch.zeros_like(probs).scatter_(1, scores.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where(is_certain[:, None], one_hot, probs)
 
 
 @torch.inference_mode()
@@ -128,6 +145,20 @@ def draw_batch(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int
     times = exponential(keys, logits.shape[1], logits.device)
     chosen: list[int] = (scores - times.log()).argmax(dim=-1).tolist()
     return chosen
+
+
+def _kept(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Scores with what the filters leave out at minus infinity, as the draws on that device see it. [rows, vocab]"""
+    if scores.device.type != "cpu":
+        return _filter(scores, samplings)
+    kept = scores.clone()
+    for row, sampling in zip(kept.numpy(), samplings, strict=True):
+        if race.filters(sampling) and math.isfinite(row.max()):
+            ids = race.survivors(row, sampling)
+            survivors = row[ids]
+            row.fill(-np.inf)
+            row[ids] = survivors
+    return kept
 
 
 def _filter(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:

@@ -25,11 +25,14 @@ class Scores(NamedTuple):
     top_ids: list[list[int]] | None = None  # by row, best first, if asked for
 
 
-class Continuations(NamedTuple):
-    """What greedy steps in a row chose. [steps][rows]"""
+NUM_CHOICES = 2  # tokens told of each row of a continuation
 
-    token_ids: list[list[int]]
-    probabilities: list[list[float]]  # of each token, given those before
+
+class Continuations(NamedTuple):
+    """What greedy steps in a row chose, and the runners-up. [steps][rows][NUM_CHOICES], the chosen token first"""
+
+    token_ids: list[list[tuple[int, ...]]]
+    probabilities: list[list[tuple[float, ...]]]  # of each token, given those chosen before
 
 
 class Model(Protocol):

@@ -8,7 +8,7 @@ import torch
 
 from workers.attention.protocol import AttentionBackend, Segment, StepBatch
 from workers.model.decoder import Decoder
-from workers.model.scores import Continuations, Scores
+from workers.model.scores import NUM_CHOICES, Continuations, Scores
 
 
 class TorchModel:
@@ -31,13 +31,13 @@ class TorchModel:
         made = Continuations([], [])
         paths = torch.ones(len(batch.positions), device=batch.positions.device)
         while True:
-            best, chosen = self._decoder.forward(batch, self._attention).softmax(dim=-1).max(dim=-1)
-            made.token_ids.append(chosen.tolist())
-            made.probabilities.append(best.tolist())
-            paths = paths * best
+            best, chosen = self._decoder.forward(batch, self._attention).softmax(dim=-1).topk(NUM_CHOICES, dim=-1)
+            made.token_ids.append([tuple(row) for row in chosen.tolist()])
+            made.probabilities.append([tuple(row) for row in best.tolist()])
+            paths = paths * best[:, 0]
             if len(made.token_ids) == num_steps or paths.max() < least:
                 return made
-            batch = self._advanced(batch, chosen)
+            batch = self._advanced(batch, chosen[:, 0])
 
     def copy_page(self, source: int, target: int) -> None:
         self._attention.copy_page(source, target)

@@ -4,6 +4,8 @@ The sampled walk: at every node the target chooses its token as if there were no
 guessed it. Choices are keyed by position, so the tokens are those of a run without drafts, greedy or sampled; a draft
 only decides how many of them one step yields. No probabilities of the drafter's are needed. (For greedy choices this
 is the tree verification of SpecInfer, arXiv 2305.09781, section 4.3.)
+
+A draft whose drafter drew it at random and says what from is verified by rejection instead (see rejection.py).
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from protos.messages import PositionLogprobs
 from workers.model.greedy import is_plain
-from workers.model.sampler import Row, largest, position_logprobs, sample
+from workers.model.rejection import walk_with_rejection
+from workers.model.sampler import Row, largest, position_logprobs, probabilities, sample
 from workers.model.scores import Scores
 from workers.scheduler.sequence import Sequence as RunningSequence
 from workers.scheduler.step import Chunk, Walk
-from workers.speculative.tree import ROOT
+from workers.speculative.tree import ROOT, Distribution, DraftTree
 
 
 @dataclass(slots=True)
@@ -57,7 +60,12 @@ def walk(chunks: Sequence[Chunk], first_rows: Sequence[int], scores: Scores, eos
     """The walks of chunks that sample; `first_rows` are the logit rows of their sequences' last tokens."""
     walkers = [_Walker(chunk, row) for chunk, row in zip(chunks, first_rows, strict=True)]
     chooser = _Chooser(scores, eos)
-    active = walkers
+    active = []
+    for walker in walkers:
+        if walker.chunk.draft is not None and walker.chunk.draft.drawn_from:
+            chooser.reject(walker, walker.chunk.draft)
+        else:
+            active.append(walker)
     while active:
         chosen = chooser.choose(active)
         active = [walker for walker, token_id in zip(active, chosen, strict=True) if walker.take(token_id)]
@@ -101,6 +109,23 @@ class _Chooser:
         for number, token_id in zip(asked, drawn, strict=True):
             chosen[number] = token_id
         return chosen
+
+    def reject(self, walker: _Walker, draft: DraftTree) -> None:
+        """The whole way along a draft that was drawn at random."""
+        sequence, logits = walker.chunk.sequence, self._logits
+        assert logits is not None, "sampled without logits"
+
+        def target(row: int, ahead: Sequence[int]) -> Distribution:
+            shape = sampler_row(sequence, self._eos, ahead)
+            assert shape is not None, "a draft that was drawn for a greedy sequence"
+            found: Distribution = probabilities(logits[[walker.first_row + row]], [shape])[0].cpu().numpy()
+            return found
+
+        seed = sequence.request.sampling.seed
+        walked = walk_with_rejection(
+            draft, draft.drawn_from, target, seed=seed, index=sequence.index, position=sequence.num_output
+        )
+        walker.token_ids, walker.nodes = list(walked.token_ids), list(walked.nodes)
 
     @property
     def _largest(self) -> list[int]:

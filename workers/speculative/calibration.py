@@ -14,6 +14,7 @@ MEMORY = 200.0  # nodes of a level after which what was seen counts half
 PRIOR_WEIGHT = 4.0  # nodes that the claim itself counts for
 OWN_MEMORY = 24.0  # the same for one sequence
 OWN_WEIGHT = 6.0
+RELAXED = 0.8  # of it is left after a step in which the sequence's draft was declined
 HIGHEST = 0.99
 
 
@@ -47,6 +48,11 @@ class Calibration:
                 right, expected = right * fade + is_right, expected * fade + self._frequency(source, claim)
                 self._count(source, claim, is_right)
         self._own[key] = right, expected
+
+    def relax(self, key: Key) -> None:
+        """Nothing of the sequence's draft was admitted: what is held against it counts for less and less."""
+        right, expected = self._own.get(key, (0.0, 0.0))
+        self._own[key] = right * RELAXED, expected * RELAXED
 
     def forget(self, key: Key) -> None:
         self._own.pop(key, None)

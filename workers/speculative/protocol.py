@@ -6,11 +6,19 @@ A drafter can be wrong, late or silent: that costs time, never a token. It is us
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from protos.messages import Sampling
 from workers.speculative.tree import DraftTree
 
 Key = tuple[str, int]  # request id and output index, as the engine knows them
+
+
+class Draws(NamedTuple):
+    """How the target chooses a sequence's tokens, where that is not just the most probable one."""
+
+    sampling: Sampling
+    output: int  # which of the request's
 
 
 class Context(NamedTuple):
@@ -20,6 +28,9 @@ class Context(NamedTuple):
     salt: str  # whose data it is: what is learnt of one salt's tokens is never shown to another's
     tokens: Sequence[int]  # prompt, then output; the last is the draft's root. Read before the next step only
     num_prompt: int
+    num_guessed: int = 0  # tokens at the end that the target has not confirmed: nothing of them is to be kept
+    draws: Draws | None = None  # None: greedily
+    can_wait: bool = True  # a draft is worth a wait
 
 
 class Verified(NamedTuple):
@@ -51,3 +62,11 @@ class Drafter(Protocol):
 
     def forget(self, key: Key) -> None:
         """The sequence has ended. Keys that were never seen are ignored."""
+
+
+@runtime_checkable
+class Scout(Protocol):
+    """A drafter that can tell at next to no cost when it ought to be asked."""
+
+    def is_sure(self, contexts: Sequence[Context]) -> bool:
+        """Whether a draft for one of these is very probably right. Asked now and then, while no drafts are made."""

@@ -7,32 +7,49 @@ happens here, the outputs are those of plain decoding.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
+from workers.model.greedy import is_plain
 from workers.scheduler.scheduler import takes_draft
 from workers.scheduler.step import Chunk, ChunkResults, StepPlan
-from workers.speculative.controller import Controller
+from workers.speculative.controller import FEW, Controller
 from workers.speculative.fusion import fuse
-from workers.speculative.protocol import Context, Drafter, Key, Verified
+from workers.speculative.pool.client import Pool
+from workers.speculative.protocol import Context, Drafter, Draws, Key, Scout, Verified
 from workers.speculative.stats import SpeculationStats
 from workers.speculative.tree import MAX_NODES, DraftTree
 
 log = logging.getLogger(__name__)
 
-MEASURE_EVERY = 4  # plain steps: measuring costs time too
+SURE = 2.0  # tokens of a draft that are probably right; then nobody waits for another
+REST = 20  # plain steps in a row of which nothing is noted: between steps Python is cold, and every look costs
 
 
 class Speculator:
     """Drafters and the controller that admits their drafts. Mutated only by the engine that made it."""
 
-    def __init__(self, drafters: Sequence[Drafter], *, max_nodes: int, controller: Controller | None = None) -> None:
-        """`max_nodes`: of one sequence's draft; the controller admits a part of them."""
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        *,
+        max_nodes: int,
+        controller: Controller | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        """`max_nodes`: of one sequence's draft; the controller admits a part of them. `pool`: if it is a drafter."""
+        self._pool = pool
         self._drafters = drafters
         self._max_nodes = min(max_nodes, MAX_NODES)
-        self._controller = controller or Controller(len(drafters), max_nodes=self._max_nodes)
+        learning = [number for number, drafter in enumerate(drafters) if drafter.num_top_ids]
+        self._controller = controller or Controller(len(drafters), max_nodes=self._max_nodes, learning=learning)
         self._asked: Sequence[int] = ()  # drafters, for the step at hand
         self._broken: set[int] = set()
         self._num_plain = 0  # plain steps in a row
+        self._num_resting = 0  # plain steps still to come, …
+        self._resting_size = 0  # … of so many sequences
+        self._is_resting = False  # in the step at hand
+        self._learning_s = 0.0  # spent on learning from the last step: it is part of what drafting costs
         self._num_drafts = 0
         self._accepted_by_depth = [0] * self._max_nodes
         self._drafted_by = dict.fromkeys([drafter.name for drafter in drafters], 0)
@@ -54,6 +71,7 @@ class Speculator:
             dict(self._drafted_by),
             dict(self._accepted_by),
             self._decisions(),
+            None if self._pool is None else self._pool.stats,
         )
 
     def draft(self, plan: StepPlan) -> dict[int, DraftTree] | None:
@@ -62,16 +80,24 @@ class Speculator:
         Steps that compute prompts are not: they are long in any case, and would be longer.
         """
         self._asked = ()
+        self._is_resting = self._num_resting > 0 and plan.num_tokens == len(plan.chunks) == self._resting_size
+        if self._is_resting:
+            self._num_resting -= 1
+            return None
+        self._num_resting = 0
         if _only_decodes(plan):
             has_new = any(chunk.sequence.num_output == 1 for chunk in plan.chunks)
-            self._asked = self._controller.choose(len(plan.chunks), has_new=has_new)
+            num_sampled = sum([not is_plain(chunk.sequence.request.sampling) for chunk in plan.chunks])
+            is_sampled = 2 * num_sampled > len(plan.chunks)
+            self._asked = self._controller.choose(len(plan.chunks), has_new=has_new, is_sampled=is_sampled)
         numbers = [number for number, chunk in enumerate(plan.chunks) if _may_draft(chunk)] if self._asked else []
         if not numbers:
+            if not self._asked and _only_decodes(plan):
+                self._rest(plan)
             self._asked = ()
             return None
         contexts = [_context(plan.chunks[number]) for number in numbers]
-        max_nodes = self._controller.num_to_propose(len(contexts))
-        proposed = [self._propose(number, contexts, max_nodes) for number in self._asked]
+        proposed = self._proposals(contexts, self._controller.num_to_propose(len(contexts)))
         fused = {
             context.key: fuse(drafts, self._asked).cut(self._max_nodes)
             for context, *drafts in zip(contexts, *proposed, strict=True)
@@ -82,12 +108,14 @@ class Speculator:
 
     def learn(self, plan: StepPlan, results: ChunkResults, seconds: float, *, speculated: bool) -> None:
         """A step has been committed. `speculated`: drafts were asked for, though none may have been admitted."""
+        if self._is_resting:
+            return
         if not speculated:
             self._num_plain = self._num_plain + 1 if _only_decodes(plan) else 0
-            if self._num_plain % MEASURE_EVERY == 2:  # the first is laid out anew, and takes longer
+            if self._num_plain > 1:  # the first is laid out anew, and takes longer
                 self._controller.observe_plain(len(plan.chunks), seconds)
             return
-        self._num_plain = 0
+        began, self._num_plain = time.perf_counter(), 0
         verified = [_verified(chunk, number, results) for number, chunk in enumerate(plan.chunks) if chunk.samples]
         for number in self._asked:
             self._teach(number, verified)
@@ -96,7 +124,8 @@ class Speculator:
                 self._count(one)
                 self._controller.verified(one.context.key, one.draft, one.nodes)
         num_tokens = sum([one.num_new for one in verified])
-        self._controller.observe_drafted(len(plan.chunks), plan.num_tokens, num_tokens, seconds)
+        self._controller.observe_drafted(len(plan.chunks), plan.num_tokens, num_tokens, seconds + self._learning_s)
+        self._learning_s = time.perf_counter() - began
 
     def forget(self, key: Key) -> None:
         """The sequence has ended."""
@@ -104,6 +133,34 @@ class Speculator:
             if number not in self._broken:
                 drafter.forget(key)
         self._controller.forget(key)
+
+    def close(self) -> None:
+        """End what is outside of this process. Idempotent."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _rest(self, plan: StepPlan) -> None:
+        """Before some plain steps: a look whether a drafter that is not asked ought to be, where a few run."""
+        num_sequences = len(plan.chunks)
+        if num_sequences <= FEW:
+            contexts = [_context(chunk) for chunk in plan.chunks if _may_draft(chunk)]
+            for number, drafter in enumerate(self._drafters):
+                if isinstance(drafter, Scout) and number not in self._broken and drafter.is_sure(contexts):
+                    self._controller.beckon(number, num_sequences)
+        self._num_resting, self._resting_size = self._controller.rest(num_sequences, REST), num_sequences
+
+    def _proposals(self, contexts: Sequence[Context], max_nodes: int) -> list[Sequence[DraftTree]]:
+        """By drafter. The pool comes last: where another one is sure of its draft already, it is not waited for."""
+        found: dict[int, Sequence[DraftTree]] = {}
+        for number in sorted(self._asked, key=lambda number: self._drafters[number] is self._pool):
+            asked = contexts
+            if self._drafters[number] is self._pool and found:
+                sure = [
+                    max(_expected(draft) for draft in drafts) >= SURE for drafts in zip(*found.values(), strict=True)
+                ]
+                asked = [one._replace(can_wait=not known) for one, known in zip(contexts, sure, strict=True)]
+            found[number] = self._propose(number, asked, max_nodes)
+        return [found[number] for number in self._asked]
 
     def _propose(self, number: int, contexts: Sequence[Context], max_nodes: int) -> Sequence[DraftTree]:
         """A drafter that fails is not asked any more: nobody's tokens depend on it."""
@@ -139,6 +196,11 @@ class Speculator:
             self._accepted_by[name] += len([node for node in one.nodes if sources[node] & bit])
 
 
+def _expected(draft: DraftTree) -> float:
+    """How many tokens of it are right, by its drafter's belief."""
+    return sum(draft.path_probabilities)
+
+
 def _only_decodes(plan: StepPlan) -> bool:
     """Whether each sequence of the step computes one token, drafts aside."""
     return plan.num_tokens - plan.num_drafted == len(plan.chunks)
@@ -150,11 +212,13 @@ def _may_draft(chunk: Chunk) -> bool:
 
 def _context(chunk: Chunk) -> Context:
     sequence = chunk.sequence
+    sampling = sequence.request.sampling
     return Context(
         (sequence.request.request_id, sequence.index),
         sequence.request.cache_salt,
         sequence.tokens,
         sequence.num_prompt,
+        draws=None if is_plain(sampling) else Draws(sampling, sequence.index),
     )
 
 

@@ -18,7 +18,9 @@ class StepTimes:
     False until anything has been measured often enough.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, falling: float = WEIGHT) -> None:
+        """`falling`: the weight of a measurement below what is known. What disturbs a step makes it longer."""
+        self._falling = falling
         self._rows: list[int] = []  # that have been measured, ascending
         self._seconds: list[float] = []
         self._first: dict[int, list[float]] = {}  # what has not been measured often enough
@@ -32,7 +34,8 @@ class StepTimes:
         at = bisect_left(self._rows, rows)
         if at < len(self._rows) and self._rows[at] == rows:
             known = self._seconds[at]
-            self._seconds[at] = known + WEIGHT * (min(seconds, OUTLIER * known) - known)
+            weight = self._falling if seconds < known else WEIGHT
+            self._seconds[at] = known + weight * (min(seconds, OUTLIER * known) - known)
             return
         first = self._first.setdefault(rows, [])
         first.append(seconds)

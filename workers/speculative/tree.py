@@ -6,11 +6,17 @@ step count from the root: row 0 is the sequence's last token, row i + 1 is node 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from workers.attention.protocol import MAX_TREE_ROWS
+
+Distribution: TypeAlias = NDArray[np.float64]  # over the vocabulary
 
 ROOT = -1  # the parent of a tree's first nodes: the sequence's last token, which is no node itself
 MAX_NODES = MAX_TREE_ROWS - 1
@@ -21,13 +27,16 @@ class DraftTree:
     """Nodes in an order in which parents come first; siblings differ in their tokens.
 
     A node's probability is what its drafter gives its token after its parent, its source the drafters that proposed it:
-    bit i for the i-th of the worker's drafters.
+    bit i for the i-th of the worker's drafters. Where a node's children were drawn at random and shall be verified by
+    rejection, `drawn_from` has by the node the distribution that they were drawn from; they are in the order drawn, and
+    their probabilities tell nothing of their tokens, so that a cut does not either.
     """
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     probabilities: tuple[float, ...] = ()
     sources: tuple[int, ...] = ()
+    drawn_from: Mapping[int, Distribution] = field(default_factory=dict, compare=False)
 
     @classmethod
     def chain(cls, tokens: Sequence[int], probabilities: Sequence[float], source: int = 1) -> DraftTree:
@@ -81,7 +90,47 @@ class DraftTree:
             tuple([place[self.parents[node]] for node in kept]),
             tuple([self.probabilities[node] for node in kept]),
             tuple([self.sources[node] for node in kept]),
+            {place[node]: drawn for node, drawn in self.drawn_from.items() if node in place},
         )
+
+    def path(self, node: int) -> list[int]:
+        """The tokens from the root down to a node; of ROOT, none."""
+        tokens: list[int] = []
+        while node != ROOT:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
+
+    def find(self, tokens: Sequence[int]) -> int | None:
+        """The node that these tokens lead to from the root; None if the tree has no such path."""
+        node = ROOT
+        for token_id in tokens:
+            child = self.children.get((node, token_id))
+            if child is None:
+                return None
+            node = child
+        return node
+
+    def below(self, top: int) -> DraftTree:
+        """What hangs under a node, as a tree of its own: the draft that is left once the path to the node is true."""
+        place = {top: ROOT}
+        for node in range(top + 1, len(self)):
+            if self.parents[node] in place:
+                place[node] = len(place) - 1
+        nodes = list(place)[1:]
+        return DraftTree(
+            tuple([self.tokens[node] for node in nodes]),
+            tuple([place[self.parents[node]] for node in nodes]),
+            tuple([self.probabilities[node] for node in nodes]),
+            tuple([self.sources[node] for node in nodes]),
+        )
+
+    def after(self, tokens: Sequence[int]) -> DraftTree:
+        """What is left of the draft once the sequence has gone on with these tokens: empty if they were not in it."""
+        top = self.find(tokens)
+        if top is None:
+            return DraftTree()
+        return self if top == ROOT else self.below(top)
 
     def cut(self, max_nodes: int) -> DraftTree:
         """The nodes that are most probably right, at most so many."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 
 from tests.workers.speculative.play import Play, Ranked, context, successors, told, verify
 from tests.workers.speculative.trees import paths
 from workers.speculative import recycling
-from workers.speculative.copying import MAX_PLACES, Copying
+from workers.speculative.copying import MAX_PLACES, SURE_MATCH, Copying
 from workers.speculative.protocol import Context, Drafter
 from workers.speculative.recycling import MAX_SALTS, NUM_RANKS, RESHAPE_AFTER, Recycling
-from workers.speculative.tree import DraftTree
+from workers.speculative.tree import ROOT, DraftTree
 
 Make = Callable[[], Drafter]
 
@@ -141,6 +142,41 @@ def test_another_salt_knows_nothing_of_what_followed_the_same_tokens(make: Make)
     assert len(play.drafter.propose([known], 24)[0])
 
 
+def test_nothing_is_kept_of_guesses(make: Make) -> None:
+    """A drafter that is asked to go on from guesses, right and wrong, is none the wiser."""
+    source, plays = random.Random(1), [Play(make(), successors()) for _ in range(2)]
+    contexts = several(["x", "y"])
+    for _ in range(60):
+        guessing = [source.choices(range(100), k=source.randrange(1, 6)) for _ in contexts]
+        plays[0].drafter.propose(
+            [
+                one._replace(tokens=[*one.tokens, *guess], num_guessed=len(guess))
+                for one, guess in zip(contexts, guessing, strict=True)
+            ],
+            12,
+        )
+        after = [play.step(contexts) for play in plays]
+        assert after[0] == after[1]
+        contexts = after[0]
+    assert plays[0].proposed == plays[1].proposed
+    assert plays[0].num_accepted > 0
+
+
+def test_drafts_go_on_from_guesses(make: Make) -> None:
+    play = Play(make(), successors())
+    [known] = play.run([context([1, 2, 3])], 120)
+    play.step([known])
+    num_right = 0
+    for num_guessed in range(1, 6):
+        tokens = list(known.tokens)
+        for _ in range(num_guessed):
+            tokens.append(successors()(tokens)[0])
+        [draft] = play.drafter.propose([known._replace(tokens=tokens, num_guessed=num_guessed)], 12)
+        draft.check()
+        num_right += (successors()(tokens)[0],) in paths(draft)
+    assert num_right >= 4
+
+
 # Copying
 
 
@@ -158,7 +194,41 @@ def test_copying_finds_what_followed_the_same_tokens() -> None:
 
 def test_copying_finds_nothing_where_nothing_is_repeated() -> None:
     assert copied(range(50)) == DraftTree()
-    assert copied([1, 2, 3, 4, 2]) == DraftTree()  # one token alone says too little
+    assert copied([1, 2, 3, 4, 5]) == DraftTree()
+
+
+def test_copying_guesses_from_one_token_where_two_are_new() -> None:
+    draft, sure = copied([1, 2, 3, 4, 2], max_nodes=3), copied([1, 2, 3, 4, 1, 2], max_nodes=3)
+    assert draft.tokens == (3, 4, 2)
+    assert draft.probabilities[0] < sure.probabilities[0]
+
+
+SOURCE = list(range(10, 40))
+
+
+@pytest.mark.parametrize(
+    ("said", "likeliest", "other"),
+    [
+        pytest.param([10, 11, 12, 90], 14, 13, id="replaced one, or inserted it"),
+        pytest.param([10, 11, 12, 90, 91], 15, 13, id="replaced two"),
+        pytest.param([10, 11, 12, 16], 17, 14, id="left three out"),
+    ],
+)
+def test_copying_resumes_where_the_target_has_left_its_source(said: list[int], likeliest: int, other: int) -> None:
+    drafter = Copying()
+    for length in range(2, len(said) + 1):
+        [draft] = drafter.propose([context([*SOURCE, *said[:length]])], 8)
+    draft.check()
+    firsts = [token_id for token_id, parent in zip(draft.tokens, draft.parents, strict=True) if parent == ROOT]
+    assert firsts == [likeliest, other]
+    assert (likeliest, likeliest + 1, likeliest + 2) in paths(draft)
+
+
+def test_copying_gives_a_source_up_that_the_target_does_not_come_back_to() -> None:
+    drafter, said = Copying(), [10, 11, 12, 90, 91, 92, 93, 94]
+    drafts = [drafter.propose([context([*SOURCE, *said[:length]])], 8)[0] for length in range(2, len(said) + 1)]
+    assert all(len(draft) for draft in drafts[:-1])
+    assert drafts[-1] == DraftTree()
 
 
 def test_copying_follows_a_sequence_as_it_grows() -> None:
@@ -166,7 +236,31 @@ def test_copying_follows_a_sequence_as_it_grows() -> None:
     for length in range(1, 18):
         tokens = (text * 3)[:length]
         [draft] = drafter.propose([context(tokens)], 3)
-        assert draft.tokens == (tuple((text * 4)[length : length + 3]) if length >= 8 else ())
+        assert draft.tokens == (tuple((text * 4)[length : length + 3]) if length >= 7 else ())
+
+
+def test_copying_knows_when_it_is_sure() -> None:
+    """As long as what was copied before goes on; one token that differs ends it, and it takes some to begin again."""
+    drafter, said = Copying(), [*SOURCE[:10], 99, *SOURCE[11:20]]
+    sure = [drafter.is_sure([context([*SOURCE, 98, *said[:length]])]) for length in range(len(said) + 1)]
+    begins = [number for number, (before, now) in enumerate(pairwise(sure), start=1) if now and not before]
+    assert begins == [SURE_MATCH, 11 + SURE_MATCH]
+    assert not sure[11]
+    assert not drafter.is_sure([])
+
+
+def test_copying_finds_the_same_matches_whether_it_is_asked_at_every_token_or_not() -> None:
+    draw = random.Random(7)
+    tokens = [draw.randrange(4) for _ in range(400)]
+    often, seldom = Copying(), Copying()
+    for length in range(3, len(tokens) + 1):
+        one, new = [context(tokens[:length])], Copying()
+        often.propose(one, 6)
+        if draw.random() < 0.1:
+            for drafter in (seldom, new):
+                drafter.propose(one, 6)
+                assert drafter._indexes["a", 0].matches == often._indexes["a", 0].matches
+    assert max(often._indexes["a", 0].matches.values()) > 2
 
 
 def test_copying_prefers_the_longer_match() -> None:
@@ -194,6 +288,14 @@ def test_copying_proposes_a_second_continuation_with_a_quarter_of_the_nodes() ->
 def test_copying_believes_a_longer_match_more() -> None:
     short, long = copied([3, 4, 5, 9, 3, 4]), copied([*range(20), 50, *range(20)])
     assert long.probabilities[0] > short.probabilities[0]
+
+
+def test_copying_finds_what_followed_guesses_and_never_a_guess() -> None:
+    drafter, known = Copying(), [1, 2, 3, 4, 5, 6, 7, 8, 20]
+    guessed = context([*known, 1, 2, 30, 31, 1, 2])._replace(num_guessed=6)
+    assert drafter.propose([guessed], 3)[0].tokens == (3, 4, 5)  # not 30, which was guessed after 1 and 2
+    assert drafter.propose([context([*known, 9, 30, 31])], 3) == [DraftTree()]
+    assert drafter.propose([context([*known, 9, 30, 31, 1, 2])], 1)[0].tokens == (3,)
 
 
 def test_copying_remembers_a_bounded_number_of_places() -> None:

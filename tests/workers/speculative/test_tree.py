@@ -92,6 +92,42 @@ def test_an_empty_tree_is_a_chain_of_nothing() -> None:
     assert DraftTree().keep([]) == DraftTree()
 
 
+BRANCHED = DraftTree((3, 4, 5, 6, 3), (ROOT, 0, ROOT, 0, 3), (0.9, 0.8, 0.1, 0.2, 0.5), (1, 2, 3, 1, 2))
+
+
+def test_a_path_leads_to_its_node() -> None:
+    assert [BRANCHED.path(node) for node in range(5)] == [[3], [3, 4], [5], [3, 6], [3, 6, 3]]
+    assert BRANCHED.path(ROOT) == []
+    assert [BRANCHED.find(BRANCHED.path(node)) for node in range(5)] == [0, 1, 2, 3, 4]
+    assert BRANCHED.find([]) == ROOT
+    assert BRANCHED.find([4]) is None
+    assert BRANCHED.find([3, 6, 3, 3]) is None
+
+
+def test_what_is_left_hangs_under_the_tokens_that_came() -> None:
+    assert BRANCHED.after([3]) == DraftTree((4, 6, 3), (ROOT, ROOT, 1), (0.8, 0.2, 0.5), (2, 1, 2))
+    assert BRANCHED.after([3, 6]) == BRANCHED.below(3) == DraftTree((3,), (ROOT,), (0.5,), (2,))
+    assert BRANCHED.after([]) is BRANCHED
+    assert BRANCHED.below(ROOT) == BRANCHED
+    for unforeseen in ([3, 4], [5], [9], [3, 9], [3, 6, 3, 3]):
+        assert BRANCHED.after(unforeseen) == DraftTree()
+
+
+@given(trees(), st.lists(st.integers(0, 5), max_size=6))
+@settings(deadline=None)
+def test_what_is_left_are_the_paths_that_begin_so(tree: DraftTree, tokens: list[int]) -> None:
+    """In their order, cut off, with all that is said of their last nodes."""
+    left, come = tree.after(tokens), tuple(tokens)
+    left.check()
+    expected = [node for node, path in enumerate(paths(tree)) if len(path) > len(come) and path[: len(come)] == come]
+    assert paths(left) == [paths(tree)[node][len(come) :] for node in expected]
+    assert left.probabilities == tuple(tree.probabilities[node] for node in expected)
+    assert left.sources == tuple(tree.sources[node] for node in expected)
+    at = tree.find(tokens)
+    assert (at is None) == (come not in [(), *paths(tree)])
+    assert at is None or tree.path(at) == tokens
+
+
 TREE = DraftTree((3, 4, 3), (ROOT, ROOT, 0), (0.5, 0.25, 1.0), (1, 2, 3))
 
 

@@ -1,0 +1,1 @@
+"""The pool: drafters in processes of their own, and how a worker uses them."""
