@@ -6,15 +6,16 @@ as it happens (histograms) is observed by the engine loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from protos.errors import SetupError
 from protos.messages import FinishReason, Load
 from workers.engine.protocol import EngineStats
+from workers.families import Families
 from workers.histogram import Histogram
 from workers.speculative.stats import SpeculationStats
 
@@ -118,32 +119,39 @@ class _EngineCollector(Collector):
 
     def __init__(self, labels: dict[str, str], load: Callable[[], Load], stats: Callable[[], EngineStats]) -> None:
         self._labels, self._load, self._stats = labels, load, stats
+        self._make = Families(labels)
 
     def collect(self) -> Iterator[Metric]:
         load, stats = self._load(), self._stats()
         held = stats.kv_total_pages - stats.kv_free_pages - stats.kv_cached_pages
-        yield self._gauge("vllm:num_requests_running", "Outputs that run.", load.num_running)
-        yield self._gauge("vllm:num_requests_waiting", "Outputs that wait in the engine.", load.num_waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of pages in use, 0 to 1.", held / stats.kv_total_pages)
-        yield self._gauge("headwater_kv_pages_free", "Pages that hold nothing.", stats.kv_free_pages)
-        yield self._gauge("headwater_kv_pages_cached", "Pages only the prefix cache holds.", stats.kv_cached_pages)
-        yield self._gauge("headwater_kv_pages_in_use", "Pages that live outputs hold.", held)
-        yield self._gauge("headwater_pending_prefill_tokens", "Prompt tokens to compute.", load.pending_prefill_tokens)
-        yield self._gauge("headwater_worker_draining", "1 while the worker shuts down.", int(load.draining))
-        yield self._counter("vllm:prompt_tokens", "Prompt tokens of started requests.", stats.prompt_tokens)
-        yield self._counter("vllm:generation_tokens", "Tokens made.", stats.generation_tokens)
-        yield self._counter("vllm:num_preemptions", "Outputs that lost their pages.", stats.num_preemptions)
-        yield self._counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_queries_tokens)
-        yield self._counter("vllm:prefix_cache_hits", "Of those, found.", stats.prefix_hit_tokens)
-        yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens not computed.", stats.prefix_hit_tokens)
-        yield self._counter("headwater_steps", "Engine steps.", stats.num_steps)
-        yield self._counter("headwater_computed_tokens", "Tokens through the model.", stats.computed_tokens)
-        yield self._counter("headwater_repeated_tokens", "Of those, computed before.", stats.repeated_tokens)
-        yield self._counter("headwater_step_budget_tokens", "Room of steps that left prompts.", stats.budget_tokens)
-        yield self._counter("headwater_step_budget_used_tokens", "Of that, filled.", stats.budget_used_tokens)
-        yield self._counter("headwater_attention_segments", "Spans attended to.", stats.attention_segments)
-        yield self._counter("headwater_attention_keys", "Keys seen, output by output.", stats.attention_keys)
-        yield self._counter("headwater_attention_read_keys", "Keys read for them.", stats.attention_read_keys)
+        yield self._make.gauge("vllm:num_requests_running", "Outputs that run.", load.num_running)
+        yield self._make.gauge("vllm:num_requests_waiting", "Outputs that wait in the engine.", load.num_waiting)
+        yield self._make.gauge(
+            "vllm:kv_cache_usage_perc", "Share of pages in use, 0 to 1.", held / stats.kv_total_pages
+        )
+        yield self._make.gauge("headwater_kv_pages_free", "Pages that hold nothing.", stats.kv_free_pages)
+        yield self._make.gauge("headwater_kv_pages_cached", "Pages only the prefix cache holds.", stats.kv_cached_pages)
+        yield self._make.gauge("headwater_kv_pages_in_use", "Pages that live outputs hold.", held)
+        yield self._make.gauge(
+            "headwater_pending_prefill_tokens", "Prompt tokens to compute.", load.pending_prefill_tokens
+        )
+        yield self._make.gauge("headwater_worker_draining", "1 while the worker shuts down.", int(load.draining))
+        yield self._make.counter("vllm:prompt_tokens", "Prompt tokens of started requests.", stats.prompt_tokens)
+        yield self._make.counter("vllm:generation_tokens", "Tokens made.", stats.generation_tokens)
+        yield self._make.counter("vllm:num_preemptions", "Outputs that lost their pages.", stats.num_preemptions)
+        yield self._make.counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_queries_tokens)
+        yield self._make.counter("vllm:prefix_cache_hits", "Of those, found.", stats.prefix_hit_tokens)
+        yield self._make.counter("vllm:prompt_tokens_cached", "Prompt tokens not computed.", stats.prefix_hit_tokens)
+        yield self._make.counter("headwater_steps", "Engine steps.", stats.num_steps)
+        yield self._make.counter("headwater_computed_tokens", "Tokens through the model.", stats.computed_tokens)
+        yield self._make.counter("headwater_repeated_tokens", "Of those, computed before.", stats.repeated_tokens)
+        yield self._make.counter(
+            "headwater_step_budget_tokens", "Room of steps that left prompts.", stats.budget_tokens
+        )
+        yield self._make.counter("headwater_step_budget_used_tokens", "Of that, filled.", stats.budget_used_tokens)
+        yield self._make.counter("headwater_attention_segments", "Spans attended to.", stats.attention_segments)
+        yield self._make.counter("headwater_attention_keys", "Keys seen, output by output.", stats.attention_keys)
+        yield self._make.counter("headwater_attention_read_keys", "Keys read for them.", stats.attention_read_keys)
         if stats.speculation is not None:
             yield from self._speculation(stats.speculation)
         info = InfoMetricFamily("vllm:cache_config", "The store of keys and values.", labels=list(self._labels))
@@ -152,37 +160,21 @@ class _EngineCollector(Collector):
         yield info
 
     def _speculation(self, stats: SpeculationStats) -> Iterator[Metric]:
-        yield self._counter("vllm:spec_decode_num_drafts", "Outputs and steps with a draft.", stats.num_drafts)
-        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.drafted_tokens)
-        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Of those, right.", stats.accepted_tokens)
+        yield self._make.counter("vllm:spec_decode_num_drafts", "Outputs and steps with a draft.", stats.num_drafts)
+        yield self._make.counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.drafted_tokens)
+        yield self._make.counter("vllm:spec_decode_num_accepted_tokens", "Of those, right.", stats.accepted_tokens)
         depths = {str(depth): count for depth, count in enumerate(stats.accepted_by_depth)}
         by_depth = "vllm:spec_decode_num_accepted_tokens_per_pos"
-        yield self._counters(by_depth, "Accepted tokens by depth.", "position", depths)
-        yield self._counters("headwater_drafted_tokens", "Tokens drafted.", "drafter", stats.drafted_by)
-        yield self._counters("headwater_accepted_draft_tokens", "Of those, right.", "drafter", stats.accepted_by)
-        yield self._counters("headwater_speculation_steps", "Steps that could draft.", "drafters", stats.decisions)
+        yield self._make.counters(by_depth, "Accepted tokens by depth.", "position", depths)
+        yield self._make.counters("headwater_drafted_tokens", "Tokens drafted.", "drafter", stats.drafted_by)
+        yield self._make.counters("headwater_accepted_draft_tokens", "Of those, right.", "drafter", stats.accepted_by)
+        yield self._make.counters("headwater_speculation_steps", "Steps that could draft.", "drafters", stats.decisions)
         if stats.pool is not None:
-            yield self._gauge("headwater_pool_drafters", "Drafters connected.", stats.pool.num_drafters)
-            yield self._counter("headwater_pool_late", "Waits that reached the deadline.", stats.pool.num_late)
-            yield self._counter("headwater_pool_stale", "Drafts that came too late.", stats.pool.num_stale)
-            yield self._counter("headwater_pool_nacks", "Outputs a drafter had lost.", stats.pool.num_nacks)
-            yield self._counter("headwater_pool_wait_seconds", "Waited for drafts.", stats.pool.wait_s)
-
-    def _counters(self, name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
-        family = CounterMetricFamily(name, meaning, labels=[*self._labels, label])
-        for value, count in values.items():
-            family.add_metric([*self._labels.values(), value], count)
-        return family
-
-    def _gauge(self, name: str, meaning: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, meaning, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
-
-    def _counter(self, name: str, meaning: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, meaning, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+            yield self._make.gauge("headwater_pool_drafters", "Drafters connected.", stats.pool.num_drafters)
+            yield self._make.counter("headwater_pool_late", "Waits that reached the deadline.", stats.pool.num_late)
+            yield self._make.counter("headwater_pool_stale", "Drafts that came too late.", stats.pool.num_stale)
+            yield self._make.counter("headwater_pool_nacks", "Outputs a drafter had lost.", stats.pool.num_nacks)
+            yield self._make.counter("headwater_pool_wait_seconds", "Waited for drafts.", stats.pool.wait_s)
 
 
 class MetricsServer:

@@ -48,6 +48,19 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage" in result.output
 
 
+def test_bench_has_the_options_of_the_benchmark_and_its_refusals() -> None:
+    told = headwater("bench", "--help")
+    assert told.returncode == 0
+    assert "usage: headwater bench" in told.stdout
+    assert "--metrics" in told.stdout
+    wrong = headwater("bench", "--metrics", "127.0.0.1:1", "--target", "a=127.0.0.1:1", "--target", "b=127.0.0.1:2")
+    assert wrong.returncode == 2
+    assert "give one --target" in wrong.stderr
+    absent = headwater("bench", "--target", "127.0.0.1:1", "--wait", "0.1", "--quick")
+    assert absent.returncode == 1
+    assert "start one with `headwater serve`" in absent.stdout + absent.stderr
+
+
 def test_starting_up_imports_neither_ray_nor_torch() -> None:
     code = "import sys, cluster.cli; print(sorted({'ray', 'torch', 'transformers'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -79,19 +79,21 @@ class DraftModel:
         Sequences that memory or the model's context cannot hold get no draft.
         """
         proposed = [DraftTree()] * len(contexts)
-        ready: list[tuple[int, _Draft]] = []
-        for number, context in enumerate(contexts):
-            if (draft := self._prepare(context, max_nodes)) is not None:
-                ready.append((number, draft))
-        ready = [entry for entry in ready if entry[1] in self._drafts.values()]  # a later one may have taken its pages
-        ready = self._catch_up(ready)
+        prepared = [self._prepare(context, max_nodes) for context in contexts]
+        ready = self._catch_up(
+            [
+                (number, draft)
+                for number, (context, draft) in enumerate(zip(contexts, prepared, strict=True))
+                if draft is not None and self._drafts.get(context.key) is draft  # a later one may have taken its pages
+            ]
+        )
         greedy = [(number, draft) for number, draft in ready if contexts[number].draws is None]
+        drawn = [(number, draft) for number, draft in ready if contexts[number].draws is not None]
         if greedy:
             trees = self._continue([draft for _, draft in greedy], max_nodes)
             for (number, _), tree in zip(greedy, trees, strict=True):
                 proposed[number] = tree
-        if len(greedy) < len(ready):
-            drawn = [(number, draft) for number, draft in ready if contexts[number].draws is not None]
+        if drawn:
             trees = self._draw([(draft, contexts[number]) for number, draft in drawn], max_nodes)
             for (number, _), tree in zip(drawn, trees, strict=True):
                 proposed[number] = tree

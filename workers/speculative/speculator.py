@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from workers.model.greedy import is_plain
 from workers.scheduler.scheduler import takes_draft
@@ -21,6 +23,8 @@ from workers.speculative.stats import SpeculationStats
 from workers.speculative.tree import MAX_NODES, DraftTree
 
 log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 SURE = 2.0  # tokens of a draft that are probably right; then nobody waits for another
 REST = 20  # plain steps in a row of which nothing is noted: between steps Python is cold, and every look costs
@@ -118,7 +122,7 @@ class Speculator:
         began, self._num_plain = time.perf_counter(), 0
         verified = [_verified(chunk, number, results) for number, chunk in enumerate(plan.chunks) if chunk.samples]
         for number in self._asked:
-            self._teach(number, verified)
+            self._ask(number, lambda drafter: drafter.learn(verified), None)
         for one in verified:
             if len(one.draft):
                 self._count(one)
@@ -129,9 +133,8 @@ class Speculator:
 
     def forget(self, key: Key) -> None:
         """The sequence has ended."""
-        for number, drafter in enumerate(self._drafters):
-            if number not in self._broken:
-                drafter.forget(key)
+        for number in range(len(self._drafters)):
+            self._ask(number, lambda drafter: drafter.forget(key), None)
         self._controller.forget(key)
 
     def close(self) -> None:
@@ -144,14 +147,15 @@ class Speculator:
         num_sequences = len(plan.chunks)
         if num_sequences <= FEW:
             contexts = [_context(chunk) for chunk in plan.chunks if _may_draft(chunk)]
-            for number, drafter in enumerate(self._drafters):
-                if isinstance(drafter, Scout) and number not in self._broken and drafter.is_sure(contexts):
+            for number in range(len(self._drafters)):
+                if self._ask(number, lambda drafter: isinstance(drafter, Scout) and drafter.is_sure(contexts), False):
                     self._controller.beckon(number, num_sequences)
         self._num_resting, self._resting_size = self._controller.rest(num_sequences, REST), num_sequences
 
     def _proposals(self, contexts: Sequence[Context], max_nodes: int) -> list[Sequence[DraftTree]]:
         """By drafter. The pool comes last: where another one is sure of its draft already, it is not waited for."""
         found: dict[int, Sequence[DraftTree]] = {}
+        nothing = [DraftTree()] * len(contexts)
         for number in sorted(self._asked, key=lambda number: self._drafters[number] is self._pool):
             asked = contexts
             if self._drafters[number] is self._pool and found:
@@ -159,26 +163,18 @@ class Speculator:
                     max(_expected(draft) for draft in drafts) >= SURE for drafts in zip(*found.values(), strict=True)
                 ]
                 asked = [one._replace(can_wait=not known) for one, known in zip(contexts, sure, strict=True)]
-            found[number] = self._propose(number, asked, max_nodes)
+            found[number] = self._ask(number, partial(_propose, asked, max_nodes), nothing)
         return [found[number] for number in self._asked]
 
-    def _propose(self, number: int, contexts: Sequence[Context], max_nodes: int) -> Sequence[DraftTree]:
+    def _ask(self, number: int, question: Callable[[Drafter], _Answer], otherwise: _Answer) -> _Answer:
         """A drafter that fails is not asked any more: nobody's tokens depend on it."""
         if number not in self._broken:
             try:
-                return self._drafters[number].propose(contexts, max_nodes)
+                return question(self._drafters[number])
             except Exception:
                 log.exception("the drafter %s failed; it is left out", self._drafters[number].name)
                 self._broken.add(number)
-        return [DraftTree()] * len(contexts)
-
-    def _teach(self, number: int, verified: Sequence[Verified]) -> None:
-        if number not in self._broken:
-            try:
-                self._drafters[number].learn(verified)
-            except Exception:
-                log.exception("the drafter %s failed; it is left out", self._drafters[number].name)
-                self._broken.add(number)
+        return otherwise
 
     def _decisions(self) -> dict[str, int]:
         steps = self._controller.num_steps.items()
@@ -194,6 +190,10 @@ class Speculator:
             name, bit = self._drafters[number].name, 1 << number
             self._drafted_by[name] += len([source for source in sources if source & bit])
             self._accepted_by[name] += len([node for node in one.nodes if sources[node] & bit])
+
+
+def _propose(contexts: Sequence[Context], max_nodes: int, drafter: Drafter) -> Sequence[DraftTree]:
+    return drafter.propose(contexts, max_nodes)
 
 
 def _expected(draft: DraftTree) -> float:

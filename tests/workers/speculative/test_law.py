@@ -129,21 +129,6 @@ def expect_law(
     return engines
 
 
-@pytest.fixture(scope="module")
-def plain(root: Path) -> Callable[[str], tuple[Outputs, int]]:
-    """By case, the outputs and number of steps of an engine without drafts."""
-    known: dict[str, tuple[Outputs, int]] = {}
-
-    def results(case: str) -> tuple[Outputs, int]:
-        if case not in known:
-            engine = torch_engine(root / "models" / "target")
-            outputs = run(engine, *CASES[case])
-            known[case] = outputs, engine.stats().num_steps
-        return known[case]
-
-    return results
-
-
 MATRIX = [
     (case, kind)
     for case in CASES

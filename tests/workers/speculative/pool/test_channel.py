@@ -12,7 +12,7 @@ import pytest
 
 from tests.workers.speculative.pool.ends import until
 from workers.speculative.pool import channel as module
-from workers.speculative.pool.channel import LENGTH, MAX_FRAME_BYTES, MAX_UNSENT_BYTES, Channel
+from workers.speculative.pool.channel import LENGTH, MAX_FRAME_BYTES, MAX_UNSENT_BYTES, Channel, wait_for_any
 
 
 @pytest.fixture
@@ -229,3 +229,18 @@ def test_who_never_stops_sending_is_read_bit_by_bit(
     until(lambda: len(channel._socket.recv(1 << 20, socket.MSG_PEEK)) == 10_000, "what was sent")
     assert channel.receive() == frames[:11]  # more than the largest frame, by less than one read
     assert receive(channel, 89) == frames[11:]
+
+
+def test_a_wait_works_with_descriptors_beyond_what_select_knows(
+    ends: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(*_: object) -> None:
+        raise ValueError("filedescriptor out of range in select()")
+
+    channel, raw = ends
+    monkeypatch.setattr(module.select, "select", too_many)
+    wait_for_any([channel], 0.001)
+    assert channel.receive() == []
+    raw.sendall(framed(b"now"))
+    wait_for_any([channel], 30)
+    assert channel.receive() == [b"now"]

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,7 @@ from tests.workers.speculative.pool.ends import (
 )
 from tests.workers.speculative.trees import paths
 from workers.speculative.pool import lane as lane_module
-from workers.speculative.pool.client import Pool
+from workers.speculative.pool.client import Pool, _Entry
 from workers.speculative.pool.lane import MAX_BEHIND, MAX_TOP_IDS
 from workers.speculative.pool.members import Members
 from workers.speculative.protocol import Context, Draws, Verified
@@ -645,3 +646,15 @@ def test_sequences_are_spread_and_stay_where_they_are(run: Run, connect: Callabl
     for drafter, share in zip(drafters, shares, strict=True):
         assert all(len(batch.commit) == share for batch in drafter.batches[1:])
         assert not any(batch.close for batch in drafter.batches)
+
+
+@pytest.mark.parametrize(("num_without", "waits"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_step_waits_only_if_at_least_half_of_its_sequences_have_no_draft(num_without: int, waits: bool) -> None:
+    """All others would wait with them."""
+    pool, lane = Pool(Members(), hello(), deadline_s=1.0), SimpleNamespace(drafter_id="d", num_behind=1)
+    for number in range(4):
+        left = DraftTree() if number < num_without else chain(5)
+        entry = _Entry(number, lane, 1, 3, 3, left, is_warm=True)  # type: ignore[arg-type]
+        pool._asked[number] = entry, Context((str(number), 0), "", [1, 2, 3], 3)
+    assert pool._waiting(set()) == ([lane] if waits else [])
+    assert pool._waiting({"d"}) == []  # it is late

@@ -155,21 +155,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane_module, "RECONNECT_S", 0.01)
 
 
-@pytest.fixture(scope="module")
-def plain(root: Path) -> Callable[[str], tuple[Outputs, int]]:
-    """By case, the outputs and number of steps of an engine without drafts."""
-    known: dict[str, tuple[Outputs, int]] = {}
-
-    def results(case: str) -> tuple[Outputs, int]:
-        if case not in known:
-            engine = torch_engine(root / "models" / "target")
-            outputs = run(engine, *CASES[case])
-            known[case] = outputs, engine.stats().num_steps
-        return known[case]
-
-    return results
-
-
 def expect_kept(pool: Pool, server: DraftServer) -> None:
     """Nothing was wrong with what went over the channel, and nothing is kept of what has ended."""
     assert [lane.epoch for lane in pool._lanes.values()] == [1]
