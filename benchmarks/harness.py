@@ -117,8 +117,8 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-async def execute(benchmark: Benchmark[P], options: Options) -> int:
-    """Run the benchmark, print its report, write its JSON; the program's exit code."""
+async def observe(benchmark: Benchmark[P], options: Options) -> report.Report:
+    """Run the benchmark; what it found, and under which conditions."""
     config = {
         **benchmark.config,
         **{f"workload {w.name}": _config_of(w.params) for w in benchmark.workloads},
@@ -128,11 +128,20 @@ async def execute(benchmark: Benchmark[P], options: Options) -> int:
     with Progress(num_steps) as progress:
         trials = await run(benchmark, options, progress.step)
     arms = [arm.name for arm in benchmark.arms]
-    result = report.Report(observation.end(), trials, arms, benchmark.baseline_arm)
+    return report.Report(observation.end(), trials, arms, benchmark.baseline_arm)
+
+
+async def execute(benchmark: Benchmark[P], options: Options) -> int:
+    """Run the benchmark, print its report, write its JSON; the program's exit code."""
+    return publish(await observe(benchmark, options), options)
+
+
+def publish(result: report.Report, options: Options) -> int:
+    """Print a report and write its JSON; the program's exit code."""
     report.print_report(result, sys.stdout)
     if options.json_path is not None:
         report.write_json(result, options.json_path)
-    return 0 if all(trial.is_clean for trial in trials) else 1
+    return 0 if all(trial.is_clean for trial in result.trials) else 1
 
 
 def _config_of(params: object) -> object:

@@ -141,6 +141,7 @@ class Contender:
         stall_s = self._config.engine.stall_s
         self._loop = EngineLoop(self._engine, self._tokenizer, metrics, deliver=self._deliver, stall_s=stall_s)
         self._loop.start()
+        self._loop.open(SESSION)
 
     def teardown(self) -> None:
         """Stop the loop and leave nothing behind."""

@@ -13,9 +13,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from cluster.autoscaling import follow
 from cluster.config import HeadwaterConfig, from_tree, load
 from cluster.membership import MembershipFeed
 from protos.errors import ConfigError
+from protos.tls import PeerTLS
 from router.deployment import Router
 from workers.deployment import Worker
 from workers.drafter_deployment import Drafter
@@ -64,7 +66,7 @@ def threads_per_worker(config: HeadwaterConfig, *, local: bool) -> int:
     if not local:
         return max(1, math.floor(config.cluster.worker_cpus))
     drafting = config.cluster.num_drafters * config.drafter.threads
-    return max(1, (num_cores() - drafting) // config.cluster.num_workers)
+    return max(1, (num_cores() - drafting) // config.cluster.max_workers)
 
 
 def num_cores() -> int:
@@ -83,7 +85,7 @@ def _drafter(config: HeadwaterConfig, token: str) -> Application:
         ),
         request_router_config=RequestRouterConfig(request_router_class=MembershipFeed),
         **_life(config),
-    ).bind(config.drafter, target=config.worker.model.path, session_token=token)
+    ).bind(config.drafter, target=config.worker.model.path, session_token=token, tls=_peer_tls(config))
 
 
 def _worker(config: HeadwaterConfig, token: str, drafters: Application | None, *, local: bool) -> Application:
@@ -91,7 +93,7 @@ def _worker(config: HeadwaterConfig, token: str, drafters: Application | None, *
     return serve.deployment(
         Worker,
         name=WORKER_NAME,
-        num_replicas=cluster.num_workers,
+        **_num_workers(config),
         ray_actor_options=_actor(cluster.worker_cpus, cluster.worker_gpus, cluster.worker_labels, threads=threads),
         request_router_config=RequestRouterConfig(request_router_class=MembershipFeed),
         **_life(config),
@@ -101,7 +103,13 @@ def _worker(config: HeadwaterConfig, token: str, drafters: Application | None, *
         session_token=token,
         threads=threads,
         drain_timeout_s=cluster.drain_timeout_s,
+        tls=_peer_tls(config),
     )
+
+
+def _num_workers(config: HeadwaterConfig) -> dict[str, Any]:
+    scaling = config.cluster.autoscaling
+    return {"num_replicas": config.cluster.num_workers} if scaling is None else {"autoscaling_config": follow(scaling)}
 
 
 def _router(config: HeadwaterConfig, token: str, workers: Application, *, local: bool) -> Application:
@@ -120,7 +128,13 @@ def _router(config: HeadwaterConfig, token: str, workers: Application, *, local:
         tokenizer_dir=config.worker.model.path,
         session_token=token,
         drain_timeout_s=config.cluster.drain_timeout_s,
+        tls=_peer_tls(config),
+        on_demand=not config.cluster.min_workers,
     )
+
+
+def _peer_tls(config: HeadwaterConfig) -> PeerTLS | None:
+    return config.cluster.tls.peer_tls if config.cluster.tls else None
 
 
 def _actor(cpus: float, gpus: float, labels: Mapping[str, str], *, threads: int) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from rich.console import Console
 from cluster.commands.bench import ITS_OWN_OPTIONS, bench
 from cluster.commands.generate import generate
 from cluster.commands.inspect import models, score, tokenize
+from cluster.commands.key import api_key
+from cluster.commands.operate import drain, explain, pin, topology
 from cluster.commands.serve import serve
 from protos.errors import HeadwaterError, SetupError
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, generate, score, tokenize, models):
+for command in (serve, generate, score, tokenize, models, topology, explain, drain, pin, api_key):
     app.command()(command)
 app.command(context_settings=ITS_OWN_OPTIONS)(bench)
 

@@ -7,7 +7,7 @@ that names the source, the key and the remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -15,7 +15,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from protos.errors import ConfigError
+from protos.tls import DEFAULT_SERVER_NAME, PeerTLS
 from router.config import RouterConfig, Section
+from router.yaml_loader import StrictLoader
 from workers.config import DrafterConfig, WorkerConfig
 
 Tree: TypeAlias = dict[str, Any]
@@ -37,10 +39,60 @@ class RaySection(Section):
         return not self.address
 
 
+class PeerTLSSection(Section):
+    """Certificates of the cluster's members: routers, workers and drafters. PEM files, at the same place on each node.
+
+    Whoever has a certificate of this authority is a member: it must sign nothing else.
+    """
+
+    cert_file: Path = Field(description="A member's certificate chain, for servers and for clients.")
+    key_file: Path = Field(description="Its private key.")
+    ca_file: Path = Field(description="The authority that signs the certificates of all members.")
+    server_name: str = Field(
+        default=DEFAULT_SERVER_NAME, min_length=1, description="The DNS name in every member's certificate."
+    )
+
+    @property
+    def peer_tls(self) -> PeerTLS:
+        """For the processes, which may run in another directory."""
+        cert_file, key_file, ca_file = (path.absolute() for path in (self.cert_file, self.key_file, self.ca_file))
+        return PeerTLS(cert_file, key_file, ca_file, self.server_name)
+
+
+class AutoscalingSection(Section):
+    """As many workers as there is work for: docs/autoscaling.md."""
+
+    min_workers: int = Field(default=1, ge=0, description="Fewest workers; 0: none until a request waits for one.")
+    max_workers: int = Field(ge=1, description="Most workers.")
+    target_queued_tokens: int = Field(
+        default=1 << 14, ge=1, description="Tokens of waiting work per worker; beyond, one more is wanted."
+    )
+    target_kv_use: float = Field(
+        default=0.85, gt=0, le=1, description="Share of a worker's keys and values held by live outputs, likewise."
+    )
+    target_first_token_s: float | None = Field(
+        default=None, gt=0, description="Mean time to first token at the workers, seconds, likewise; empty: any."
+    )
+    upscale_delay_s: float = Field(default=5.0, ge=0, description="More must be wanted for this long, seconds.")
+    downscale_delay_s: float = Field(default=120.0, ge=0, description="Fewer for this long, before one goes, seconds.")
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> AutoscalingSection:
+        if self.max_workers < self.min_workers:
+            raise ValueError(
+                f"max_workers {self.max_workers} is below min_workers {self.min_workers}; raise the first or lower the "
+                "second"
+            )
+        return self
+
+
 class ClusterSection(Section):
     """How many of what, where, and how long to wait for them."""
 
-    num_workers: int = Field(default=2, ge=1, description="Workers: engines.")
+    num_workers: int = Field(default=2, ge=1, description="Workers: engines. Autoscaling goes by its own bounds.")
+    autoscaling: AutoscalingSection | None = Field(
+        default=None, description="Between how many workers there are, by load; empty: always num_workers."
+    )
     num_drafters: int = Field(default=0, ge=0, description="Processes that draft for the workers (drafter).")
     num_routers: int = Field(default=1, ge=1, description="Routers: ingresses; across nodes one per node at most.")
     worker_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one worker reserves.")
@@ -61,8 +113,19 @@ class ClusterSection(Section):
     session_token_file: Path | None = Field(
         default=None, description="Holds the secret that routers show to workers; empty: a new one for each run."
     )
+    tls: PeerTLSSection | None = Field(
+        default=None, description="Certificates of routers, workers and drafters; empty: plain text between them."
+    )
     log_dir: Path = Field(default=Path(".headwater/logs"), description="Where the driver's log goes.")
     ray: RaySection = RaySection()
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if self.autoscaling is None else self.autoscaling.min_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if self.autoscaling is None else self.autoscaling.max_workers
 
 
 class HeadwaterConfig(Section):
@@ -88,6 +151,17 @@ class HeadwaterConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _requests_wait_for_the_first_worker(self) -> HeadwaterConfig:
+        grace_s, ready_s = self.router.limits.no_worker_grace_s, self.cluster.ready_timeout_s
+        if not self.cluster.min_workers and grace_s < ready_s:
+            raise ValueError(
+                "cluster.autoscaling.min_workers is 0, so that a request may wait for a worker to start, which may "
+                f"take cluster.ready_timeout_s = {ready_s:g} s, but router.limits.no_worker_grace_s is {grace_s:g}; "
+                f"set that to {ready_s:g} or more, or min_workers to 1"
+            )
+        return self
+
     def dump(self) -> str:
         """The resolved tree as YAML, secrets masked."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -106,7 +180,7 @@ def from_tree(tree: Mapping[str, Any], *, source: str, origin: Mapping[str, str]
         config = HeadwaterConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, source, origin or {}) for item in error.errors())) from None
-    return _with_models_found(config)
+    return _with_files_found(config)
 
 
 def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -118,22 +192,9 @@ def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from key_paths(kind, f"{prefix}{name}.")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key given twice: YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in lines:
-                raise ConfigError(f"lines {lines[key]} and {line} both give the key `{key}`; keep one")
-            lines[key] = line
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> Tree:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing file with --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -150,7 +211,7 @@ def _split(text: str) -> tuple[str, Any]:
     if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"--set {text}: write it as key.path=value, for example cluster.num_workers=2")
     try:
-        return key.strip(), yaml.load(value, _UniqueKeyLoader)
+        return key.strip(), yaml.load(value, StrictLoader)
     except (yaml.YAMLError, ConfigError) as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -197,15 +258,18 @@ def _suggestion(key: str) -> str:
     return f"; valid keys there: {', '.join(siblings)}" if siblings else ""
 
 
-def _with_models_found(config: HeadwaterConfig) -> HeadwaterConfig:
-    """Relative model paths made absolute: under the current directory, else beside the packages, else left alone."""
+def _with_files_found(config: HeadwaterConfig) -> HeadwaterConfig:
+    """Relative paths made absolute, for processes start elsewhere; models may also lie beside the packages."""
     worker, drafter = config.worker, config.drafter
+    tenants = config.router.tenants
+    tenants = tenants.model_copy(update={"file": tenants.file and tenants.file.absolute()})
     model = worker.model.model_copy(update={"path": _found(worker.model.path)})
     speculation = worker.engine.speculation
     speculation = speculation.model_copy(update={"draft_model": _found(speculation.draft_model)})
     engine = worker.engine.model_copy(update={"speculation": speculation})
     return config.model_copy(
         update={
+            "router": config.router.model_copy(update={"tenants": tenants}),
             "worker": worker.model_copy(update={"model": model, "engine": engine}),
             "drafter": drafter.model_copy(update={"draft_model": _found(drafter.draft_model)}),
         }

@@ -106,6 +106,15 @@ class Cluster:
             self.stop()
             raise
 
+    def routers(self) -> tuple[Endpoints, ...]:
+        """Where routers listen now: one that was restarted listens elsewhere if its port is any free one."""
+        found: dict[str, Endpoints] = {}
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while len(found) < self._config.cluster.num_routers and time.monotonic() < deadline:
+            status = self._status()  # of whichever Serve picks
+            found[status.router_id] = Endpoints(status.grpc, status.metrics)
+        return tuple(found.values())
+
     def worker_metrics(self) -> tuple[str, ...]:
         """The metrics endpoints of the workers there are now, host:port."""
         return tuple(sorted(self._status().workers.values()))
@@ -162,6 +171,7 @@ class Cluster:
                 include_dashboard=options.dashboard,
                 object_store_memory=options.object_store_bytes,
                 _temp_dir=str(self._temp_dir),
+                _system_config={"worker_niceness": 0},  # engines step back by themselves (worker.engine.niceness)
                 **quiet,
             )
         )
@@ -212,7 +222,7 @@ class Cluster:
         num_ready = _num_running(application, WORKER_NAME)
         if self._stage == "workers" and num_ready > max(self._num_ready, 0):
             self._num_ready = num_ready
-            self._report(f"Worker {num_ready}/{self._config.cluster.num_workers} ready")
+            self._report(f"Worker {num_ready}/{max(num_ready, self._config.cluster.min_workers)} ready")
 
     def _connected_routers(self, application: ApplicationStatusOverview) -> dict[str, RouterStatus]:
         """The status of the router that Serve picks, if it has every worker, and a worker that it asks every drafter.
@@ -221,7 +231,7 @@ class Cluster:
         """
         cluster = self._config.cluster
         is_complete = (
-            _num_running(application, WORKER_NAME) >= cluster.num_workers
+            _num_running(application, WORKER_NAME) >= cluster.min_workers
             and _num_running(application, DRAFTER_NAME) >= cluster.num_drafters
         )
         if self._stage != "workers" or not is_complete:
@@ -230,7 +240,8 @@ class Cluster:
             status, num_drafters = self._status(), len(self.drafter_metrics())
         except (TimeoutError, ray.exceptions.RayError):  # it died or is slow: the next poll tells
             return {}
-        is_connected = status.num_connected >= cluster.num_workers and num_drafters >= cluster.num_drafters
+        knows_drafters = num_drafters >= cluster.num_drafters or not cluster.min_workers  # workers know them
+        is_connected = status.num_connected >= cluster.min_workers and knows_drafters
         return {status.router_id: status} if is_connected else {}
 
     def _status(self) -> RouterStatus:
@@ -240,10 +251,10 @@ class Cluster:
     def _too_late(self) -> str:
         cluster, num_ready = self._config.cluster, max(self._num_ready, 0)
         late = f"the {self._stage} did not come up"
-        if self._stage == "workers" and num_ready == cluster.num_workers and self._num_drafting < cluster.num_drafters:
+        if self._stage == "workers" and num_ready >= cluster.min_workers and self._num_drafting < cluster.num_drafters:
             late = f"the drafters did not come up ({self._num_drafting} of {cluster.num_drafters} ready)"
         elif self._stage == "workers":
-            late += f" ({num_ready} of {cluster.num_workers} ready)"
+            late += f" ({num_ready} of {cluster.min_workers} ready)"
         return (
             f"{late} within cluster.ready_timeout_s = {cluster.ready_timeout_s:g} s; "
             f"Ray's logs are kept in {self._kept_logs()}"

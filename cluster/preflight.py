@@ -1,10 +1,11 @@
-"""What can be known to be wrong before Ray is started: the model directory and the ports. Takes milliseconds."""
+"""What can be known to be wrong before Ray is started: model, certificates and ports. Takes milliseconds."""
 
 from __future__ import annotations
 
 import errno
 import socket
 
+from cluster.certificates import check_certificates
 from cluster.config import HeadwaterConfig
 from protos.errors import ConfigError, SetupError
 from workers.model.directory import check_directory
@@ -13,6 +14,7 @@ from workers.model.directory import check_directory
 def check(config: HeadwaterConfig) -> None:
     """Raises SetupError with the first thing that would keep a cluster on this machine from starting."""
     check_directory(config.worker.model.path)
+    check_certificates(config)
     if not config.cluster.ray.is_local:
         return
     if config.cluster.num_routers > 1 and (config.router.grpc.port or config.router.metrics.port):

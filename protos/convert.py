@@ -15,8 +15,11 @@ from protos.messages import (
     Failure,
     Finish,
     FinishReason,
+    KVEvents,
     Load,
+    Pin,
     PositionLogprobs,
+    PrefixSource,
     Request,
     ResumePoint,
     Sampling,
@@ -52,6 +55,7 @@ def submit_to_proto(request: Request) -> session_pb.Submit:
         prompt_logprobs_from=request.prompt_logprobs_from or None,
         deadline=request.deadline or 0.0,
         speculation=speculation_to_proto(request.speculation),
+        prefix_source=prefix_source_to_proto(request.prefix_source),
     )
 
 
@@ -67,7 +71,36 @@ def submit_from_proto(submit: session_pb.Submit) -> Request:
         deadline=submit.deadline or None,
         resume=tuple(resume_from_proto(point) for point in submit.resume),
         speculation=speculation_from_proto(submit.speculation),
+        prefix_source=prefix_source_from_proto(submit.prefix_source) if submit.HasField("prefix_source") else None,
     )
+
+
+def prefix_source_to_proto(source: PrefixSource | None) -> session_pb.PrefixSource | None:
+    """Who has more of a prompt, as a wire message."""
+    if source is None:
+        return None
+    return session_pb.PrefixSource(worker_id=source.worker_id, address=source.address, num_tokens=source.num_tokens)
+
+
+def prefix_source_from_proto(message: session_pb.PrefixSource) -> PrefixSource:
+    """Who has more of a prompt, from a wire message."""
+    return PrefixSource(message.worker_id, message.address, message.num_tokens)
+
+
+def pin_to_proto(pin: Pin) -> session_pb.Pin:
+    """A prefix to keep, as a wire message."""
+    return session_pb.Pin(
+        pin_id=pin.pin_id,
+        cache_salt=pin.cache_salt,
+        token_ids=pin.token_ids,
+        prefix_source=prefix_source_to_proto(pin.prefix_source),
+    )
+
+
+def pin_from_proto(message: session_pb.Pin) -> Pin:
+    """A prefix to keep, from a wire message."""
+    source = prefix_source_from_proto(message.prefix_source) if message.HasField("prefix_source") else None
+    return Pin(message.pin_id, message.cache_salt, tuple(message.token_ids), source)
 
 
 def speculation_to_proto(speculation: Speculation) -> pb.Speculation.ValueType:
@@ -249,3 +282,15 @@ def load_from_proto(message: session_pb.WorkerLoad) -> Load:
         kv_capacity_tokens=message.kv_capacity_tokens,
         draining=message.draining,
     )
+
+
+def kv_events_to_proto(events: KVEvents) -> session_pb.KVEvents:
+    """Changes of a prefix cache as a wire message."""
+    return session_pb.KVEvents(
+        sequence=events.sequence, snapshot=events.snapshot, stored=events.stored, removed=events.removed
+    )
+
+
+def kv_events_from_proto(message: session_pb.KVEvents) -> KVEvents:
+    """Changes of a prefix cache from a wire message."""
+    return KVEvents(message.sequence, tuple(message.stored), tuple(message.removed), message.snapshot)

@@ -17,6 +17,7 @@
     ├── NoWorker                UNAVAILABLE          retryable
     ├── Draining                UNAVAILABLE          retryable
     ├── Unauthenticated         UNAUTHENTICATED
+    ├── PermissionDenied        PERMISSION_DENIED
     ├── EngineFailure           INTERNAL
     └── SetupError              (never on the wire: the program ends with it)
         ├── ConfigError
@@ -139,6 +140,12 @@ class Unauthenticated(HeadwaterError):
     status = grpc.StatusCode.UNAUTHENTICATED
 
 
+class PermissionDenied(HeadwaterError):
+    """The caller is known, but may not do this."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+
+
 class EngineFailure(HeadwaterError):
     """The engine failed in a way that is not the request's fault."""
 
@@ -205,5 +212,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> HeadwaterError:
             return InvalidRequest(details)
         case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(details)
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return PermissionDenied(details)
         case _:
             return EngineFailure(f"{error.code().name}: {details}")

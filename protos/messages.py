@@ -48,6 +48,25 @@ class ResumePoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """Another worker that has more of a prompt in its prefix cache. Router to worker."""
+
+    worker_id: str
+    address: str  # of its session server
+    num_tokens: int  # of the prompt, whole blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix to compute and keep. Router to worker."""
+
+    pin_id: str
+    cache_salt: str
+    token_ids: tuple[int, ...]
+    prefix_source: PrefixSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request for an engine. Router to worker."""
 
@@ -60,6 +79,7 @@ class Request:
     deadline: float | None = None  # seconds since the epoch
     resume: tuple[ResumePoint, ...] = ()
     speculation: Speculation = "auto"
+    prefix_source: PrefixSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +156,15 @@ class Load(NamedTuple):
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
     draining: bool = False
+
+
+class KVEvents(NamedTuple):
+    """What has changed in a worker's prefix cache, in names of blocks (`protos.blocks`). Worker to router."""
+
+    sequence: int  # one more than that of the session's message before, snapshots included
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    snapshot: bool = False  # `stored` is everything there is
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,10 @@ First on a request's path: the bytes of a client become a frozen `Request` in a 
 from __future__ import annotations
 
 import itertools
-import logging
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Any, Literal, NoReturn, TypeVar
-
-import grpc
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from protos import errors
 from protos.convert import speculation_from_proto
@@ -21,19 +19,17 @@ from protos.messages import ModelInfo, Request, Sampling
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
 from router.admission import Admission
+from router.calls import Calls, Context
 from router.fleet import Fleet
 from router.group import Group
-from router.metrics import RouterMetrics
 from router.pacer import Pacer
 from router.stream import Stream
+from router.tenants import Tenant, Tenants
 from router.tokenizer import Tokenizer
-from router.validation import Rules, check_prompt, check_token_ids, decode_text
+from router.validation import Rules, check_prompt, check_received, check_token_ids, decode_text
 
-Method = Literal["Generate", "Score", "Tokenize", "Detokenize", "ListModels", "Abort"]
-_T = TypeVar("_T")
-_Context = grpc.aio.ServicerContext[Any, Any]
-
-logger = logging.getLogger(__name__)
+WORKER_TRAILER = "headwater-worker"
+ROUTE_TRAILER = "headwater-route"
 
 
 class Inference(pb_grpc.InferenceServicer):
@@ -44,88 +40,98 @@ class Inference(pb_grpc.InferenceServicer):
         rules: Rules,
         *,
         tokenizer: Tokenizer,
+        tenants: Tenants,
         admission: Admission,
         fleet: Fleet,
-        metrics: RouterMetrics,
+        calls: Calls,
         pacer: Pacer,
         router_id: str,
     ) -> None:
         self._rules = rules
         self._tokenizer = tokenizer
+        self._tenants = tenants
         self._admission = admission
         self._fleet = fleet
-        self._metrics = metrics
+        self._calls = calls
         self._pacer = pacer
         self._router_id = router_id
         self._serial = itertools.count(1)
 
-    async def Generate(self, request: pb.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Writes to the context rather than yielding, so that a client's disconnect ends this very coroutine."""
-        await self._answer("Generate", context, self._generate(request, context))
+        await self._calls.answer("Generate", context, partial(self._generate, request, context))
 
-    async def Score(self, request: pb.ScoreRequest, context: _Context) -> pb.ScoreResponse:
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """One worker request per continuation, in one packed group: the context is computed once."""
-        return await self._answer("Score", context, self._score(request, context))
+        return await self._calls.answer("Score", context, partial(self._score, request, context))
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """As a text prompt is tokenized, special tokens included."""
-        return await self._answer("Tokenize", context, self._tokenize(request))
+        return await self._calls.answer("Tokenize", context, partial(self._tokenize, request))
 
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         """The text of token ids, special tokens included."""
-        return await self._answer("Detokenize", context, self._detokenize(request))
+        return await self._calls.answer("Detokenize", context, partial(self._detokenize, request))
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: _Context) -> pb.ListModelsResponse:
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Empty until the first worker has told its limits."""
-        return await self._answer("ListModels", context, self._list_models())
+        return await self._calls.answer("ListModels", context, self._list_models)
 
-    async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Ends a live Generate with finish reason ABORT, a live Score with the error Aborted."""
-        return await self._answer("Abort", context, self._abort(request))
+        return await self._calls.answer("Abort", context, partial(self._abort, request))
 
-    async def _generate(self, request: pb.GenerateRequest, context: _Context) -> str:
+    async def _generate(self, request: pb.GenerateRequest, context: Context, tenant: Tenant) -> str:
         """The outcome, after the last message."""
-        group = await self._generate_group(request, context)
+        group = await self._generate_group(request, context, tenant)
         (stream,) = group.streams
-        self._admission.admit(group)
+        if not stream.ended:  # a resumed call may lack nothing but its last message
+            self._admission.admit(group)
         try:
             with self._pacer.stream():
                 while (response := await stream.next_response()) is not None:
                     await context.write(response)
         finally:
+            self._tell_route(group, context)
             self._admission.release(group)
         return stream.outcome
 
-    async def _score(self, request: pb.ScoreRequest, context: _Context) -> pb.ScoreResponse:
-        group = await self._score_group(request, context)
+    async def _score(self, request: pb.ScoreRequest, context: Context, tenant: Tenant) -> pb.ScoreResponse:
+        group = await self._score_group(request, context, tenant)
         self._admission.admit(group)
         try:
             scores = [await _continuation_score(stream) for stream in group.streams]
         finally:
+            self._tell_route(group, context)
             self._admission.release(group)
         return pb.ScoreResponse(scores=scores, usage=_score_usage(group))
 
-    async def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+    def _tell_route(self, group: Group, context: Context) -> None:
+        """Say in the call's trailer which worker ran the group, and why that one."""
+        if decision := self._admission.decision(group):
+            context.set_trailing_metadata(((WORKER_TRAILER, decision.worker_id), (ROUTE_TRAILER, str(decision))))
+
+    async def _tokenize(self, request: pb.TokenizeRequest, _: Tenant) -> pb.TokenizeResponse:
         self._rules.check_model(request.model)
         return pb.TokenizeResponse(ids=await self._tokenizer.encode(decode_text("text", request.text)))
 
-    async def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+    async def _detokenize(self, request: pb.DetokenizeRequest, _: Tenant) -> pb.DetokenizeResponse:
         self._rules.check_model(request.model)
         check_token_ids("ids", request.ids, self._tokenizer.vocab_size)
         return pb.DetokenizeResponse(text=await self._tokenizer.decode(request.ids))
 
-    async def _list_models(self) -> pb.ListModelsResponse:
+    async def _list_models(self, _: Tenant) -> pb.ListModelsResponse:
         model = self._fleet.model
         return pb.ListModelsResponse(models=[] if model is None else [self._model_message(model)])
 
-    async def _abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
-        return pb.AbortResponse(found=self._admission.abort(request.request_id))
+    async def _abort(self, request: pb.AbortRequest, tenant: Tenant) -> pb.AbortResponse:
+        return pb.AbortResponse(found=self._admission.abort(_group_id(tenant, request.request_id)))
 
     # --- from protos to groups ---
 
-    async def _generate_group(self, request: pb.GenerateRequest, context: _Context) -> Group:
+    async def _generate_group(self, request: pb.GenerateRequest, context: Context, tenant: Tenant) -> Group:
         started = time.monotonic()
-        client_id = self._client_id(request.request_id)
+        client_id = self._client_id(tenant, request.request_id)
         self._rules.check_model(request.model)
         text = decode_text("prompt", request.text) if request.HasField("text") else None
         model = await self._admission.model()
@@ -137,15 +143,19 @@ class Inference(pb_grpc.InferenceServicer):
             request_id=self._session_id(client_id),
             token_ids=token_ids,
             sampling=sampling,
+            cache_salt=self._tenants.cache_salt(tenant),
+            priority=min(request.priority, tenant.max_priority),
             deadline=time.time() + remaining_s,
+            resume=check_received(request.received, sampling, has_seed=request.sampling.HasField("seed"), model=model),
             speculation=speculation_from_proto(request.speculation),
         )
-        stream = Stream(worker_request, client_id=client_id, model=model.name, created=started)
-        return Group(client_id, (stream,), remaining_s)
+        group_id = _group_id(tenant, client_id)
+        stream = Stream(worker_request, client_id=client_id, group_id=group_id, model=model.name, created=started)
+        return Group(group_id, (stream,), tenant, remaining_s)
 
-    async def _score_group(self, request: pb.ScoreRequest, context: _Context) -> Group:
+    async def _score_group(self, request: pb.ScoreRequest, context: Context, tenant: Tenant) -> Group:
         started = time.monotonic()
-        client_id = self._client_id(request.request_id)
+        client_id = self._client_id(tenant, request.request_id)
         self._rules.check_model(request.model)
         self._rules.check_num_continuations(len(request.continuations))
         text = decode_text("context", request.text) if request.HasField("text") else None
@@ -160,28 +170,33 @@ class Inference(pb_grpc.InferenceServicer):
         for index, continuation in enumerate(continuations):
             check_prompt(f"the context with continuation {index}", shared + continuation, model)
         remaining_s = self._remaining_s(context)
+        group_id, deadline = _group_id(tenant, client_id), time.time() + remaining_s
+        salt, priority = self._tenants.cache_salt(tenant), min(request.priority, tenant.max_priority)
         streams = tuple(
             Stream(
-                self._score_request(client_id, shared, continuation, time.time() + remaining_s),
+                replace(
+                    self._score_request(client_id, shared, continuation),
+                    cache_salt=salt,
+                    priority=priority,
+                    deadline=deadline,
+                ),
                 client_id=client_id,
+                group_id=group_id,
                 model=model.name,
                 prefill_tokens=len(continuation) + (0 if index else len(shared)),
                 created=started,
             )
             for index, continuation in enumerate(continuations)
         )
-        return Group(client_id, streams, remaining_s)
+        return Group(group_id, streams, tenant, remaining_s)
 
-    def _score_request(
-        self, client_id: str, shared: tuple[int, ...], continuation: tuple[int, ...], deadline: float
-    ) -> Request:
+    def _score_request(self, client_id: str, shared: tuple[int, ...], continuation: tuple[int, ...]) -> Request:
         """Computes nothing but the log-probabilities of the continuation's tokens."""
         return Request(
             request_id=self._session_id(client_id),
             token_ids=shared + continuation,
             sampling=Sampling(seed=0, max_tokens=0, temperature=0.0, prompt_logprobs=0),
             prompt_logprobs_from=len(shared),
-            deadline=deadline,
         )
 
     async def _continuation(self, index: int, continuation: pb.Continuation, *, is_text: bool) -> tuple[int, ...]:
@@ -205,17 +220,17 @@ class Inference(pb_grpc.InferenceServicer):
             raise errors.EmptyPrompt(f"{name} is empty; give at least one character of text or one token id")
         return token_ids
 
-    def _client_id(self, request_id: str) -> str:
+    def _client_id(self, tenant: Tenant, request_id: str) -> str:
         self._rules.check_request_id(request_id)
         client_id = request_id or f"{self._router_id}-{next(self._serial)}"
-        self._admission.check_id(client_id)
+        self._admission.check_id(_group_id(tenant, client_id))
         return client_id
 
     def _session_id(self, client_id: str) -> str:
         """An id no worker has seen: a client may use its own again as soon as the request has ended."""
         return f"{client_id}@{self._router_id}.{next(self._serial)}"
 
-    def _remaining_s(self, context: _Context) -> float:
+    def _remaining_s(self, context: Context) -> float:
         remaining_s: float | None = context.time_remaining()  # None, whatever the stubs say, without a deadline
         limit_s = self._rules.limits.max_request_s
         return limit_s if remaining_s is None else min(remaining_s, limit_s)
@@ -228,28 +243,10 @@ class Inference(pb_grpc.InferenceServicer):
             num_workers=self._fleet.num_connected,
         )
 
-    # --- ends of calls ---
 
-    async def _answer(self, method: Method, context: _Context, work: Awaitable[_T]) -> _T:
-        """The work's result. Whatever it raises becomes the call's one typed error; the outcome is counted."""
-        outcome = "cancelled"
-        try:
-            result = await work
-            outcome = result if isinstance(result, str) else "ok"
-        except errors.HeadwaterError as error:
-            outcome = type(error).__name__
-            await _fail(context, error)
-        except Exception:
-            logger.exception("%s failed", method)
-            outcome = errors.EngineFailure.__name__
-            await _fail(context, errors.EngineFailure("the router failed on this request; its log has the details"))
-        finally:
-            self._metrics.requests.labels(method, outcome).inc()
-        return result
-
-
-async def _fail(context: _Context, error: errors.HeadwaterError) -> NoReturn:
-    await context.abort(error.status, error.message, errors.trailers(error))
+def _group_id(tenant: Tenant, client_id: str) -> str:
+    """Tenants choose ids without knowing each other's."""
+    return f"{tenant.name}/{client_id}"
 
 
 async def _continuation_score(stream: Stream) -> pb.ContinuationScore:

@@ -17,7 +17,10 @@ TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
 ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+PACK_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 REQUEST_BUCKETS = (*(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),)
+
+PREDICTION_ERROR_BUCKETS = (0, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,15 @@ class WorkerSeries:
     e2e_latency: prometheus.Histogram
     prompt_tokens: prometheus.Counter
     generation_tokens: prometheus.Counter
+
+
+@dataclass(frozen=True, slots=True)
+class PackSeries:
+    """How well prompts are packed."""
+
+    requests: prometheus.Histogram
+    tokens: prometheus.Counter
+    budget_tokens: prometheus.Counter
 
 
 class RouterMetrics:
@@ -70,11 +82,52 @@ class RouterMetrics:
             ["method", "outcome"],
             registry=registry,
         )
+        self.tenant_requests = prometheus.Counter(
+            "headwater_tenant_requests",
+            "Generate and Score calls that ended, by who called.",
+            ["tenant", "outcome"],
+            registry=registry,
+        )
+        self.tenant_tokens = prometheus.Counter(
+            "headwater_tenant_tokens",
+            "Tokens of ended requests by who called: prompt, cached (of those) and generation.",
+            ["tenant", "kind"],
+            registry=registry,
+        )
         self.worker_losses = prometheus.Counter(
             "headwater_worker_losses",
             "Sessions lost: silent, closed, connection or protocol.",
             ["reason"],
             registry=registry,
+        )
+        self.route_decisions = prometheus.Counter(
+            "headwater_route_decisions",
+            "Placements by why the worker was chosen: only, affinity, spread, cold, balanced, turn, random or hash.",
+            ["reason"],
+            registry=registry,
+        )
+        self.predicted_cached_tokens = prometheus.Counter(
+            "headwater_route_predicted_cached_tokens",
+            "Prompt tokens that the router expected in the cache of the worker it chose, of placements with a reply.",
+            registry=registry,
+        )
+        self.cached_tokens = prometheus.Counter(
+            "headwater_route_cached_tokens", "Prompt tokens that those workers then found there.", registry=registry
+        )
+        self.prediction_error = prometheus.Histogram(
+            "headwater_route_prediction_error_tokens",
+            "Between the two, of each placement, without its sign.",
+            registry=registry,
+            buckets=PREDICTION_ERROR_BUCKETS,
+        )
+        self.index_resyncs = prometheus.Counter(
+            "headwater_index_resyncs",
+            "Snapshots asked of workers: gap (events were lost) or error (predictions failed).",
+            ["reason"],
+            registry=registry,
+        )
+        self._index_blocks = prometheus.Gauge(
+            "headwater_index_blocks", "Blocks in workers' caches that the router knows of.", registry=registry
         )
         self._prompt_tokens = prometheus.Counter(
             "headwater_prompt_tokens", "Prompt tokens of requests placed on a worker.", registry=registry
@@ -94,7 +147,31 @@ class RouterMetrics:
             "headwater_queue_tokens", "Prompt tokens that wait for a worker.", registry=registry
         )
         self._workers = prometheus.Gauge(
-            "headwater_workers", "Workers by state: connecting, ready or draining.", ["state"], registry=registry
+            "headwater_workers",
+            "Workers by state: connecting, warming, ready or draining.",
+            ["state"],
+            registry=registry,
+        )
+
+        self.recoveries = prometheus.Counter(
+            "headwater_recoveries",
+            "Requests that lost their worker: resumed on another one, or given_up.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.packs = PackSeries(
+            prometheus.Histogram(
+                "headwater_pack_requests",
+                "Requests that left together for a worker that was computing prompts.",
+                registry=registry,
+                buckets=PACK_BUCKETS,
+            ),
+            prometheus.Counter(
+                "headwater_pack_tokens", "Prompt tokens in those packs, up to the budget of each.", registry=registry
+            ),
+            prometheus.Counter(
+                "headwater_pack_budget_tokens", "Budgets of those packs: a step of the worker each.", registry=registry
+            ),
         )
 
     def worker(self, worker_id: str) -> WorkerSeries:
@@ -119,6 +196,16 @@ class RouterMetrics:
         self._requests_live.set_function(live)
         self._queue_requests.set_function(requests)
         self._queue_tokens.set_function(tokens)
+
+    def watch_index(self, num_blocks: Callable[[], float]) -> None:
+        """Read the index's gauge from this at each scrape."""
+        self._index_blocks.set_function(num_blocks)
+
+    def observe_prediction(self, *, predicted_tokens: int, cached_tokens: int) -> None:
+        """A reply told what was cached of a prompt."""
+        self.predicted_cached_tokens.inc(predicted_tokens)
+        self.cached_tokens.inc(cached_tokens)
+        self.prediction_error.observe(abs(predicted_tokens - cached_tokens))
 
     def watch_workers(self, states: Mapping[str, Callable[[], float]]) -> None:
         """Read the number of workers in each state from these at each scrape."""

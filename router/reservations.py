@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.policy import Work
+from router.work import Work
 
 
 class Reservations:
@@ -18,6 +18,11 @@ class Reservations:
     def total(self) -> Work:
         """The sum over all open reservations."""
         return Work(self._prefill_tokens, self._decode_tokens, self._num_outputs)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have something reserved."""
+        return len(self._open)
 
     def reserve(self, request_id: str, work: Work) -> None:
         """Count a request's work against the worker."""

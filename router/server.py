@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +12,34 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from protos.errors import SetupError
+from protos.errors import HeadwaterError, SetupError
+from protos.tls import Certificates, PeerTLS, server_credentials
+from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
 from router.admission import Admission
+from router.calls import Calls
 from router.config import GrpcSection, RouterConfig, TLSSection
+from router.dispatch import Dispatcher
 from router.fleet import Fleet
+from router.forecast import Forecast
 from router.inference import Inference
 from router.metrics import MetricsServer, RouterMetrics
+from router.operations import Operations
 from router.pacer import Pacer
-from router.policy import default_policy
-from router.session import RouterIdentity, SessionState
+from router.pins import Pins
+from router.quota import Quotas
+from router.routing.accuracy import Accuracy
+from router.routing.factory import make_policy
+from router.routing.index import PrefixIndex
+from router.session import RouterIdentity, Session, SessionLost, SessionState
+from router.stream import Stream
+from router.tenants import Tenants
 from router.tokenizer import Tokenizer
 from router.validation import Rules
 
 INFERENCE_SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+CLUSTER_SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 LAST_WORDS_S = 1.0  # for calls that ended to reach their clients when the server stops
 
@@ -42,21 +56,37 @@ class RouterServer:
     """Everything one router is. Started, fed and stopped by its deployment, on one event loop."""
 
     def __init__(
-        self, config: RouterConfig, *, model_name: str, tokenizer_dir: Path, session_token: str, router_id: str
+        self,
+        config: RouterConfig,
+        *,
+        model_name: str,
+        tokenizer_dir: Path,
+        session_token: str,
+        router_id: str,
+        peer_tls: PeerTLS | None = None,
+        on_demand: bool = False,
     ) -> None:
+        """`peer_tls`: of the sessions with workers; None: plain text. `on_demand`: workers come when one is wanted."""
         self._config = config
         self._model_name = model_name
         self._tokenizer_dir = tokenizer_dir
         self._session_token = session_token
         self._router_id = router_id
+        self._peer_tls = peer_tls
+        self._on_demand = on_demand
         self._running: _Running | None = None
 
     async def start(self) -> RouterAddress:
         """Bind both ports and serve. Raises SetupError or ModelError, and then nothing is left behind."""
         assert self._running is None, "started twice"
         tokenizer = Tokenizer.load(self._tokenizer_dir)
-        identity = RouterIdentity(self._router_id, self._session_token, self._model_name)
-        running = _Running(self._config, identity, tokenizer)
+        identity = RouterIdentity(
+            self._router_id,
+            self._session_token,
+            self._model_name,
+            Certificates.of_peer(self._peer_tls) if self._peer_tls else None,
+        )
+        running = _Running(self._config, identity, tokenizer, on_demand=self._on_demand)
         try:
             address = await running.start()
         except BaseException:
@@ -75,6 +105,11 @@ class RouterServer:
         """Workers with an open session."""
         return 0 if self._running is None else self._running.fleet.num_connected
 
+    @property
+    def wants_worker(self) -> bool:
+        """Whether somebody waits, and no worker is connected."""
+        return self._running is not None and self._running.wants_worker
+
     async def stop(self, grace_s: float) -> None:
         """Refuse new work, let live requests end for up to `grace_s`, then end everything. Idempotent."""
         running, self._running = self._running, None
@@ -90,18 +125,56 @@ class RouterServer:
 class _Running:
     """The parts of a started router. Owned by RouterServer."""
 
-    def __init__(self, config: RouterConfig, identity: RouterIdentity, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: RouterConfig, identity: RouterIdentity, tokenizer: Tokenizer, *, on_demand: bool
+    ) -> None:
         self._config = config
-        self._metrics = RouterMetrics()
-        self.fleet = Fleet(config.sessions, identity, self._metrics, on_change=self._fleet_changed)
-        self._admission = Admission(config.limits, self.fleet, default_policy(), self._metrics)
+        self._on_demand = on_demand
+        self._metrics = metrics = RouterMetrics()
+        tenants, forecast = Tenants(config.tenants), Forecast()
+        policy = make_policy(config.routing)
+        index = PrefixIndex(config.routing.max_index_blocks)
+        pins = Pins(config.limits.max_pinned_tokens)
+        accuracy = Accuracy(clock=time.monotonic)
+        self.fleet = Fleet(config.sessions, identity, metrics, index, pins, accuracy=accuracy, owner=self)
+        self._dispatcher = Dispatcher(
+            config.dispatch,
+            self.fleet,
+            policy,
+            tenants=tenants,
+            forecast=forecast,
+            metrics=metrics,
+        )
+        self._admission = Admission(
+            config.limits,
+            config.recovery,
+            fleet=self.fleet,
+            dispatcher=self._dispatcher,
+            quotas=Quotas(),
+            forecast=forecast,
+            metrics=metrics,
+            on_demand=on_demand,
+        )
+        rules, calls = Rules(config.limits, identity.model_name), Calls(tenants, metrics)
         self._service = Inference(
-            Rules(config.limits, identity.model_name),
+            rules,
             tokenizer=tokenizer,
+            tenants=tenants,
             admission=self._admission,
             fleet=self.fleet,
-            metrics=self._metrics,
+            calls=calls,
             pacer=Pacer(config.streaming, self.fleet.pace),
+            router_id=identity.router_id,
+        )
+        self._operations = Operations(
+            rules,
+            tokenizer=tokenizer,
+            tenants=tenants,
+            admission=self._admission,
+            fleet=self.fleet,
+            dispatcher=self._dispatcher,
+            policy=policy,
+            calls=calls,
             router_id=identity.router_id,
         )
         self._server = grpc.aio.server(
@@ -112,10 +185,16 @@ class _Running:
         self._health_task: asyncio.Task[None] | None = None
         self._metrics_server: MetricsServer | None = None
 
+    @property
+    def wants_worker(self) -> bool:
+        return self._admission.wants_worker
+
     async def start(self) -> RouterAddress:
         pb_grpc.add_InferenceServicer_to_server(self._service, self._server)
+        cluster_pb2_grpc.add_ClusterServicer_to_server(self._operations, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((INFERENCE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
+        services = (INFERENCE_SERVICE, CLUSTER_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._server)
         await self._set_health()
         self._watch()
         metrics = self._config.metrics
@@ -133,8 +212,8 @@ class _Running:
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
-        self._admission.close()
         await self.fleet.close()
+        self._admission.close()
         if self._metrics_server is not None:
             await self._metrics_server.close()
 
@@ -145,9 +224,18 @@ class _Running:
         self.fleet.check()
         self._admission.check()
 
-    def _fleet_changed(self) -> None:
+    def fleet_changed(self) -> None:
+        """See FleetOwner."""
         self._admission.fleet_changed()
         self._health_due.set()
+
+    def streams_lost(self, session: Session, streams: Sequence[Stream], loss: SessionLost) -> None:
+        """See FleetOwner."""
+        self._admission.streams_lost(session, streams, loss)
+
+    def stream_failed(self, session: Session, stream: Stream, error: HeadwaterError) -> None:
+        """See FleetOwner."""
+        self._admission.stream_failed(session, stream, error)
 
     async def _keep_health(self) -> None:
         while True:
@@ -156,20 +244,21 @@ class _Running:
             await self._set_health()
 
     async def _set_health(self) -> None:
-        """SERVING only while a worker is connected, so that load balancers look elsewhere otherwise."""
+        """SERVING only while a worker is connected or would come, so that load balancers look elsewhere otherwise."""
         response = health_pb2.HealthCheckResponse
-        status = response.SERVING if self.fleet.num_connected else response.NOT_SERVING
-        for service in ("", INFERENCE_SERVICE):
+        status = response.SERVING if self.fleet.num_connected or self._on_demand else response.NOT_SERVING
+        for service in ("", INFERENCE_SERVICE, CLUSTER_SERVICE):
             await self._health.set(service, status)
 
     def _watch(self) -> None:
-        admission, fleet = self._admission, self.fleet
+        admission, dispatcher, fleet = self._admission, self._dispatcher, self.fleet
         self._metrics.watch_queue(
             live=lambda: admission.num_live,
-            requests=lambda: admission.num_waiting,
-            tokens=lambda: admission.waiting_tokens,
+            requests=lambda: dispatcher.num_waiting,
+            tokens=lambda: dispatcher.waiting_work.prefill_tokens,
         )
-        states: tuple[SessionState, ...] = ("connecting", "ready", "draining")
+        states: tuple[SessionState, ...] = ("connecting", "warming", "ready", "draining")
+        self._metrics.watch_index(lambda: fleet.index.num_blocks)
         self._metrics.watch_workers({state: lambda state=state: fleet.num_in(state) for state in states})  # type: ignore[misc]
 
 
@@ -188,26 +277,15 @@ def _bind(server: grpc.aio.Server, config: GrpcSection) -> int:
     try:
         if config.tls is None:
             return server.add_insecure_port(address)
-        return server.add_secure_port(address, _credentials(config.tls))
+        return server.add_secure_port(address, server_credentials(_certificates(config.tls)))
     except RuntimeError as error:
         raise SetupError(
             f"the gRPC port {address} cannot be bound; stop what uses it or set grpc.port to a free port"
-            + (", and check that grpc.tls names a matching certificate and key" if config.tls else "")
         ) from error
 
 
-def _credentials(tls: TLSSection) -> grpc.ServerCredentials:
-    """Raises SetupError naming the file that cannot be read."""
-    client_ca = None if tls.client_ca_file is None else _pem(tls.client_ca_file)
-    return grpc.ssl_server_credentials(
-        [(_pem(tls.key_file), _pem(tls.cert_file))],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
+def _certificates(tls: TLSSection) -> Certificates:
+    """Raises SetupError for files that cannot be used."""
+    return Certificates(
+        tls.cert_file, tls.key_file, tls.client_ca_file, section="router.grpc.tls", ca_key="client_ca_file"
     )
-
-
-def _pem(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{path} cannot be read ({error.strerror}); check the paths under grpc.tls") from error

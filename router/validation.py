@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from protos.errors import EmptyPrompt, InvalidParameter, InvalidText, PromptTooLong, TokenOutOfRange, UnknownModel
-from protos.messages import ModelInfo, Sampling
+from protos.messages import ModelInfo, ResumePoint, Sampling
 from protos.v1 import inference_pb2 as pb
 from router.config import LimitsSection
 
@@ -154,6 +154,37 @@ def check_prompt(name: str, token_ids: Sequence[int], model: ModelInfo) -> None:
             f"{name} has {len(token_ids)} tokens, the context of {model.name} is {model.max_context} tokens; shorten it"
         )
     check_token_ids(name, token_ids, model.vocab_size)
+
+
+def check_received(
+    received: Sequence[pb.ReceivedOutput], sampling: Sampling, *, has_seed: bool, model: ModelInfo
+) -> tuple[ResumePoint, ...]:
+    """Where the outputs stand that a client has in part. Raises InvalidParameter or TokenOutOfRange."""
+    if received and not has_seed:
+        raise InvalidParameter(
+            "received is given without a seed; set sampling.seed to the one that the earlier call reported first"
+        )
+    indexes = [output.index for output in received]
+    for index in indexes:
+        if index >= sampling.n:
+            raise InvalidParameter(f"received has output {index}, the last is {sampling.n - 1}; give indexes below n")
+        if indexes.count(index) > 1:
+            raise InvalidParameter(f"received has output {index} more than once; give each output's tokens together")
+    if sum(output.finished for output in received) == sampling.n:
+        raise InvalidParameter(
+            f"received has the finish of all {sampling.n} outputs; the answer is complete without a call"
+        )
+    return tuple(_resume_point(output, sampling, model) for output in received)
+
+
+def _resume_point(output: pb.ReceivedOutput, sampling: Sampling, model: ModelInfo) -> ResumePoint:
+    if len(output.token_ids) > sampling.max_tokens:
+        raise InvalidParameter(
+            f"received has {len(output.token_ids)} tokens of output {output.index}, max_tokens is "
+            f"{sampling.max_tokens}; give the parameters of the call that sent them"
+        )
+    check_token_ids(f"received of output {output.index}", output.token_ids, model.vocab_size)
+    return ResumePoint(output.index, tuple(output.token_ids), finished=output.finished)
 
 
 def _max_tokens(params: pb.SamplingParams, num_prompt_tokens: int, model: ModelInfo) -> int:

@@ -31,7 +31,22 @@ class ModelSection(Section):
         return self.name or self.path.name
 
 
-class KVSection(Section):
+class ExchangeSection(Section):
+    """Prefixes that one worker has computed and another needs: moved where that is faster than computing them again."""
+
+    mode: Literal["auto", "node", "off"] = Field(
+        default="auto", description="auto: through shared memory on a machine, else over the network; node: never that."
+    )
+    directory: Path = Field(default=Path("/dev/shm/headwater"), description="The folder in shared memory.")
+    max_bytes: int = Field(default=256 << 20, ge=1, description="Of shared memory that a worker fills, bytes.")
+    max_mapped: float = Field(
+        default=1.0, ge=0, description="Pages of other workers that are used in place, as a share of num_pages."
+    )
+    min_tokens: int = Field(default=256, ge=1, description="Fewer are always computed.")
+    timeout_s: float = Field(default=1.0, gt=0, description="After so long a prefix is computed after all, seconds.")
+
+
+class StoreSection(Section):
     """The store of keys and values."""
 
     num_pages: int = Field(default=2048, ge=1, description="Pages in the store.")
@@ -41,6 +56,13 @@ class KVSection(Section):
     @property
     def capacity_tokens(self) -> int:
         return self.num_pages * self.page_size
+
+
+class KVSection(StoreSection):
+    """The store of keys and values of a worker, which knows others."""
+
+    max_pinned: float = Field(default=0.25, ge=0, le=1, description="Pages that routers may pin, as a share of all.")
+    exchange: ExchangeSection = ExchangeSection()
 
 
 class SchedulerSection(Section):
@@ -131,6 +153,12 @@ class EngineSection(Section):
 
     kind: Literal["torch", "fake"] = Field(default="torch", description="`fake` computes nothing: for tests.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; empty: this worker's share of the cores.")
+    niceness: int = Field(
+        default=10,
+        ge=0,
+        le=19,
+        description="By how much computing gives way to receiving and sending on shared cores; as of nice(1).",
+    )
     stall_s: float = Field(default=120.0, gt=0, description="A step longer than this means a hung engine, seconds.")
     kernels: KernelsSection = KernelsSection()
     sharing: SharingSection = SharingSection()
@@ -172,7 +200,7 @@ class DrafterConfig(Section):
     max_sequences: int = Field(default=1024, ge=1, description="Outputs that it keeps; the oldest gives way.")
     host: str = Field(default="127.0.0.1", description="Address to bind and to announce; empty: the node's address.")
     kernels: KernelsSection = KernelsSection()
-    kv: KVSection = KVSection()
+    kv: StoreSection = StoreSection()
     metrics: DrafterMetricsSection = DrafterMetricsSection()
 
     @model_validator(mode="after")

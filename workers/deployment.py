@@ -6,13 +6,21 @@ So does a Worker with the drafters' addresses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import ray.util
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 
+from protos.tls import PeerTLS
 from workers.config import DrafterConfig, SessionSection, WorkerConfig
 
 if TYPE_CHECKING:
@@ -34,6 +42,7 @@ class Worker:
         session_token: str,
         threads: int,
         drain_timeout_s: float,
+        tls: PeerTLS | None = None,
     ) -> None:
         from workers.server import WorkerServer  # brings torch: only the replica needs it
 
@@ -44,8 +53,10 @@ class Worker:
             config.model_copy(update={"session": on_this_node(config.session)}),
             worker_id=context.replica_id.unique_id,
             session_token=session_token,
+            tls=tls,
             local_rank=context.rank.local_rank,
             threads=threads,
+            puller=_RayPuller(context.replica_id),
         )
         self._address = await self._server.start()
         self._drafters = drafters and drafters.options()  # an open handle keeps Serve's membership feed running
@@ -64,6 +75,18 @@ class Worker:
         """For routers, through the Serve handle: the drafters it knows, id to metrics address."""
         return self._drafter_metrics
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve again and again, where the number of workers follows the load (cluster/autoscaling.py)."""
+        assert self._server is not None
+        return asdict(self._server.usage())
+
+    def packed_prefix(self, salt: str, token_ids: Sequence[int], timeout_s: float) -> npt.NDArray[np.uint8] | None:
+        """For a worker on another node, through the object store: what this one has of a prompt. Waits, in a thread."""
+        if self._server is None:
+            return None
+        found = self._server.packed_prefix(salt, token_ids, timeout_s=timeout_s)
+        return None if found is None else np.frombuffer(found, dtype=np.uint8)
+
     def check_health(self) -> None:
         """Called by Serve. Raises when the engine can no longer serve; Serve then replaces this process."""
         if self._server is not None:
@@ -74,6 +97,33 @@ class Worker:
         if self._server is not None:
             await self._server.drain(self._drain_timeout_s)
             await self._server.stop()
+
+
+class _RayPuller:
+    """A Puller: blocks go through Ray's object store, whose copies on this node are read in place."""
+
+    def __init__(self, own: ReplicaID) -> None:
+        self._own = own
+
+    async def pull(self, worker_id: str, salt: str, token_ids: Sequence[int], *, timeout_s: float) -> memoryview | None:
+        return await asyncio.to_thread(self._pull, worker_id, salt, token_ids, timeout_s)
+
+    def _pull(self, worker_id: str, salt: str, token_ids: Sequence[int], timeout_s: float) -> memoryview | None:
+        """Raises OSError where the worker, its node or Ray fails."""
+        name = replace(self._own, unique_id=worker_id).to_full_id_str()
+        try:
+            actor = ray.get_actor(name, namespace=SERVE_NAMESPACE)
+            reply = actor.__ray_call__.remote(_packed_there, salt, tuple(token_ids), timeout_s)
+            array = ray.get(reply, timeout=timeout_s)
+        except (ValueError, RayError) as error:
+            raise OSError(f"{name} gave no prefix: {error}") from error
+        return None if array is None else memoryview(array)
+
+
+def _packed_there(_: object, salt: str, token_ids: Sequence[int], timeout_s: float) -> npt.NDArray[np.uint8] | None:
+    """Runs in the source's process, on the thread of its actor."""
+    worker: Worker = serve.get_replica_context().servable_object
+    return worker.packed_prefix(salt, token_ids, timeout_s)
 
 
 def on_this_node(section: _Host) -> _Host:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
+from protos.tls import PeerTLS
 from workers.config import DrafterConfig
 from workers.metrics import MetricsServer
 from workers.speculative.factory import make_draft_server
@@ -27,12 +28,20 @@ class DrafterProcess:
     """Everything of one drafter but Ray."""
 
     def __init__(
-        self, config: DrafterConfig, *, target: Path, token: str, drafter_id: str = "0", local_rank: int = 0
+        self,
+        config: DrafterConfig,
+        *,
+        target: Path,
+        token: str,
+        tls: PeerTLS | None = None,
+        drafter_id: str = "0",
+        local_rank: int = 0,
     ) -> None:
-        """`target`: the directory of the model that is drafted for."""
+        """`target`: the directory of the model that is drafted for; `tls`: of its channels, None: plain text."""
         self._config = config
         self._target = target
         self._token = token
+        self._tls = tls
         self._drafter_id = drafter_id
         self._local_rank = local_rank
         self._server: DraftServer | None = None  # until started
@@ -42,7 +51,7 @@ class DrafterProcess:
         """Load the models and listen. Raises SetupError, and then nothing is left behind. Takes seconds."""
         config = self._config
         with ExitStack() as exits:
-            server = make_draft_server(config, target=self._target, token=self._token)
+            server = make_draft_server(config, target=self._target, token=self._token, tls=self._tls)
             disable_created_metrics()  # type: ignore[no-untyped-call]
             registry = CollectorRegistry()
             registry.register(DrafterCollector(self._target.name, self._drafter_id, lambda: server.stats))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 
+from protos.tls import PeerTLS
 from workers.config import DrafterConfig
 from workers.deployment import on_this_node
 
@@ -21,7 +22,7 @@ class Drafter:
     _process: DrafterProcess | None = None  # until the constructor got that far
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: DrafterConfig, *, target: Path, session_token: str
+        self, config: DrafterConfig, *, target: Path, session_token: str, tls: PeerTLS | None = None
     ) -> None:
         from workers.drafter import DrafterProcess  # brings torch: only the replica needs it
 
@@ -30,6 +31,7 @@ class Drafter:
             on_this_node(config),
             target=target,
             token=session_token,
+            tls=tls,
             drafter_id=context.replica_id.unique_id,
             local_rank=context.rank.local_rank,
         )

@@ -29,6 +29,11 @@ class Histogram(Collector):
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
+    @property
+    def total(self) -> tuple[int, float]:
+        """The number of values, and their sum."""
+        return sum(self._counts), self._sum
+
     def collect(self) -> Iterator[Metric]:
         """The one metric, with what had been observed when a scrape asked."""
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]

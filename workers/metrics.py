@@ -7,14 +7,15 @@ as it happens (histograms) is observed by the engine loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from protos.errors import SetupError
 from protos.messages import FinishReason, Load
-from workers.engine.protocol import EngineStats
+from workers.engine.protocol import Adoption, EngineStats
 from workers.families import Families
 from workers.histogram import Histogram
 from workers.speculative.stats import SpeculationStats
@@ -38,7 +39,7 @@ PORT_ATTEMPTS = 64
 
 
 class WorkerMetrics:
-    """Everything one worker exports. Observed only by EngineLoop."""
+    """Everything one worker exports. Observed by EngineLoop, and of prefixes by Exchange and Exports."""
 
     def __init__(self, *, model_name: str, worker_id: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -61,6 +62,17 @@ class WorkerMetrics:
         self._step_sequences = self._histogram(
             "headwater_step_sequences", "Outputs that took part in one step.", STEP_TOKENS_BUCKETS
         )
+        self._fetches = Counter(
+            "headwater_prefix_fetches",
+            "Prefixes that another worker had, by what became of them.",
+            [*self._labels, "outcome"],
+            registry=self.registry,
+        )
+        self._fetched_tokens = self._counter("headwater_prefix_fetched_tokens", "Tokens of fetched prefixes.")
+        self._fetch_seconds = self._counter("headwater_prefix_fetch_seconds", "Waited for prefixes.")
+        arena = Gauge("headwater_arena_bytes", "Of blocks left for others.", list(self._labels), registry=self.registry)
+        self._arena_bytes = arena.labels(**self._labels)
+        self._exports = self._counter("headwater_prefix_exports", "Prefixes copied out for other workers.")
         self._finished = Counter(
             "vllm:request_success",
             "Outputs that ended, by reason.",
@@ -72,11 +84,36 @@ class WorkerMetrics:
         """Read the engine's state at every scrape."""
         self.registry.register(_EngineCollector(self._labels, load, stats))
 
+    def watch_arena(self, num_bytes: Callable[[], int]) -> None:
+        """Read at every scrape how much the worker's folder in the arena holds."""
+        self._arena_bytes.set_function(num_bytes)
+
+    def prefix_fetched(self, adoption: Adoption) -> None:
+        """A block came; this is what the engine made of it."""
+        self._fetches.labels(**self._labels, outcome=adoption.way).inc()
+        if adoption.way != "unused":
+            self._fetched_tokens.inc(adoption.num_tokens)
+
+    def prefix_computed(self, reason: Literal["computed", "failed", "late"]) -> None:
+        """No block came; `computed`: that was the faster way."""
+        self._fetches.labels(**self._labels, outcome=reason).inc()
+
+    def prefix_waited(self, seconds: float) -> None:
+        self._fetch_seconds.inc(seconds)
+
+    def prefix_exported(self) -> None:
+        self._exports.inc()
+
     def step(self, num_tokens: int, num_sequences: int, seconds: float) -> None:
         if num_tokens:
             self._step_tokens.observe(num_tokens)
             self._step_sequences.observe(num_sequences)
             self._step_seconds.observe(seconds)
+
+    @property
+    def first_tokens(self) -> tuple[int, float]:
+        """How many requests had a first token, and the seconds from their arrival to it, in all."""
+        return self._ttft.total
 
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
@@ -108,6 +145,9 @@ class WorkerMetrics:
         if num_generated > 1:
             self._tpot.observe(decode_s / (num_generated - 1))
 
+    def _counter(self, name: str, meaning: str) -> Counter:
+        return Counter(name, meaning, list(self._labels), registry=self.registry).labels(**self._labels)
+
     def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(name, meaning, self._labels, buckets)
         self.registry.register(histogram)
@@ -131,6 +171,8 @@ class _EngineCollector(Collector):
         )
         yield self._make.gauge("headwater_kv_pages_free", "Pages that hold nothing.", stats.kv_free_pages)
         yield self._make.gauge("headwater_kv_pages_cached", "Pages only the prefix cache holds.", stats.kv_cached_pages)
+        yield self._make.gauge("headwater_kv_pages_foreign", "Pages of mapped blocks.", stats.kv_foreign_pages)
+        yield self._make.gauge("headwater_kv_pages_pinned", "Pages of pinned prefixes.", stats.kv_pinned_pages)
         yield self._make.gauge("headwater_kv_pages_in_use", "Pages that live outputs hold.", held)
         yield self._make.gauge(
             "headwater_pending_prefill_tokens", "Prompt tokens to compute.", load.pending_prefill_tokens

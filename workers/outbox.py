@@ -1,4 +1,4 @@
-"""What the requests of one session have to tell it: ends and first tokens at once, other tokens together.
+"""What a worker has to tell one session: ends and first tokens at once, other tokens together, changes of the cache.
 
 A message costs the worker, the router and the client far more than the tokens in it. A router with many streams asks
 its workers to leave an interval between messages; what comes meanwhile is joined, output by output.
@@ -7,17 +7,19 @@ its workers to leave an interval between messages; what comes meanwhile is joine
 from __future__ import annotations
 
 from protos.messages import Delta, Failure, joined
+from workers.kv.events import EventFeed
 
 _Key = tuple[str, int]  # request id, output index
 
 
 class Outbox:
-    """The deltas of one session that have not been sent. Mutated only by EngineLoop, on its thread."""
+    """What an open session has not been sent: deltas, and `events`. Mutated only by EngineLoop, on its thread."""
 
-    __slots__ = ("_held", "_last", "_urgent", "interval_s")
+    __slots__ = ("_held", "_last", "_urgent", "events", "interval_s")
 
     def __init__(self) -> None:
         self.interval_s = 0.0  # to leave between two messages that could wait
+        self.events = EventFeed()
         self._urgent: list[Delta | Failure] = []
         self._held: dict[_Key, list[Delta]] = {}
         self._last = 0.0  # when all was last taken
@@ -45,7 +47,7 @@ class Outbox:
             del self._held[key]
 
     def take(self, now: float) -> list[Delta | Failure]:
-        """What should leave now, by the clock of `now` in seconds; it is forgotten here."""
+        """The deltas that should leave now, by the clock of `now` in seconds; it is forgotten here."""
         out, self._urgent = self._urgent, []
         if now - self._last >= self.interval_s:
             self._last = now

@@ -9,30 +9,49 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import grpc
 from tokenizers import Tokenizer
 
 from protos import convert
 from protos.errors import EngineFailure, HeadwaterError, ModelError, SetupError, Unauthenticated, trailers
-from protos.messages import Delta, Failure
+from protos.messages import Delta, Failure, Pin, PrefixSource, Request
+from protos.tls import Certificates, PeerTLS, server_credentials
 from protos.v1 import session_pb2 as pb
 from protos.v1 import session_pb2_grpc as rpc
-from workers.config import WorkerConfig
+from workers.config import ExchangeSection, WorkerConfig
 from workers.engine.factory import make_engine
+from workers.engine.protocol import Engine
+from workers.exchange import Exchange, Puller
+from workers.exports import Exports
+from workers.kv.arena import Arena, ArenaUnusable
+from workers.kv.block import BlockFormat
 from workers.loop import EngineLoop, Frame
 from workers.metrics import MetricsServer, WorkerMetrics
+from workers.peers import TOKEN_KEY, Peers
+from workers.priority import give_way
 from workers.speculative.pool.members import Members, PoolAccess
+from workers.usage import Usage
+from workers.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
-TOKEN_KEY = "headwater-session-token"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAIN_POLL_S = 0.02
 STOP_GRACE_S = 0.5
+# A router that is cut off or whose machine has died closes no connection, and TCP tries to reach it for a quarter of an
+# hour. Pings find it within ten seconds; its session ends then, which frees what it had submitted.
+KEEPALIVE: Final = (
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # without it a ping's answer has a minute, whatever the line above says
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +66,34 @@ class WorkerServer:
     """One worker: engine, session server and metrics endpoint. Lives on one event loop."""
 
     def __init__(
-        self, config: WorkerConfig, *, worker_id: str, session_token: str, local_rank: int = 0, threads: int = 1
+        self,
+        config: WorkerConfig,
+        *,
+        worker_id: str,
+        session_token: str,
+        tls: PeerTLS | None = None,
+        local_rank: int = 0,
+        threads: int = 1,
+        puller: Puller | None = None,
     ) -> None:
+        """`tls`: of sessions and of channels to drafters and other workers; None: plain text.
+
+        `puller`: the way to prefixes of workers that share no memory with this one.
+        """
         self._config = config
         self._worker_id = worker_id
         self._token = session_token
+        self._tls = tls
         self._local_rank = local_rank
         self._threads = threads
+        self._puller = puller
+        self._exchange: Exchange | None = None  # until started, or for good
+        self._exports: Exports | None = None  # until started
+        self._num_fetching = 0  # requests and pins that wait for a prefix
         self._sessions: dict[int, asyncio.Queue[pb.WorkerFrame | None]] = {}
+        self._queued_tokens: dict[int, int] = {}  # by session
         self._num_sessions = 0
+        self._first_tokens = (0, 0.0)  # when usage was last asked
         self._loop: EngineLoop | None = None  # until started
         self._drafters = Members()
         self._exits = AsyncExitStack()
@@ -75,17 +113,23 @@ class WorkerServer:
     async def _start(self, exits: AsyncExitStack) -> WorkerAddress:
         config = self._config
         metrics = WorkerMetrics(model_name=config.model.served_name, worker_id=self._worker_id)
-        engine = await asyncio.to_thread(
-            make_engine, config, threads=self._threads, pool=PoolAccess(self._drafters, self._token)
-        )
+        engine = await self._make_engine()
         exits.callback(engine.close)
-        self._model = engine.model
+        self._model, self._limits = engine.model, engine.limits
+        self._metrics = metrics
         event_loop = asyncio.get_running_loop()
 
         def deliver(frames: list[Frame]) -> None:
             event_loop.call_soon_threadsafe(self._deliver, frames)
 
-        loop = EngineLoop(engine, _load_tokenizer(config), metrics, deliver=deliver, stall_s=config.engine.stall_s)
+        loop = EngineLoop(
+            engine,
+            _load_tokenizer(config),
+            metrics,
+            deliver=deliver,
+            stall_s=config.engine.stall_s,
+            niceness=config.engine.niceness,
+        )
         metrics.watch(lambda: loop.load, lambda: loop.stats)
         port = config.metrics.port + self._local_rank if config.metrics.port else 0
         scrape = MetricsServer(metrics.registry, host=config.metrics.host, port=port)
@@ -93,9 +137,54 @@ class WorkerServer:
         loop.start()
         exits.push_async_callback(asyncio.to_thread, loop.stop)
         self._loop = loop
+        await self._start_exchange(loop, engine.block_format, metrics, exits)
         server, session_port = await self._listen(config.session.host)
         exits.push_async_callback(server.stop, STOP_GRACE_S)
         return WorkerAddress(f"{config.session.host}:{session_port}", scrape.address)
+
+    async def _make_engine(self) -> Engine:
+        """On a thread whose priority the engine's own threads inherit."""
+        config, niceness = self._config, self._config.engine.niceness
+        pool = PoolAccess(self._drafters, self._token, self._tls)
+        with ThreadPoolExecutor(1, "engine maker", initializer=give_way, initargs=(niceness,)) as maker:
+            make = partial(make_engine, config, threads=self._threads, pool=pool)
+            return await asyncio.get_running_loop().run_in_executor(maker, make)
+
+    async def _start_exchange(
+        self, loop: EngineLoop, block_format: BlockFormat | None, metrics: WorkerMetrics, exits: AsyncExitStack
+    ) -> None:
+        config, arena = self._config.engine.kv.exchange, None
+        if block_format is not None:
+            arena = await asyncio.to_thread(_open_arena, config)
+        if arena is not None:
+            exits.push_async_callback(asyncio.to_thread, arena.close)
+            metrics.watch_arena(lambda: arena.num_bytes)
+        self._exports = Exports(loop, block_format, arena, metrics)
+        exits.push_async_callback(self._exports.close)
+        if block_format is None:
+            return
+        peers = Peers(self._token, self._tls)
+        exits.push_async_callback(peers.close)
+        self._exchange = Exchange(
+            loop,
+            block_format,
+            peers,
+            metrics,
+            worker_id=self._worker_id,
+            config=config,
+            arena=arena,
+            puller=self._puller,
+        )
+        exits.push_async_callback(self._exchange.close)
+
+    def packed_prefix(self, salt: str, token_ids: Sequence[int], *, timeout_s: float) -> memoryview | None:
+        """For pullers: the packed block of what the engine has of a prompt. Waits; from any thread but the loop's."""
+        return self._exports.packed(salt, token_ids, timeout_s=timeout_s) if self._exports is not None else None
+
+    async def export_prefix(self, request: pb.ExportPrefixRequest) -> pb.ExportPrefixResponse:
+        """See WorkerSession.ExportPrefix."""
+        assert self._exports is not None, "not started"
+        return await self._exports.answer(request)
 
     def set_drafters(self, addresses: Mapping[str, str]) -> None:
         """There are these drafters now: id to address. Safe from any thread."""
@@ -106,6 +195,25 @@ class WorkerServer:
         if self._loop is not None:
             self._loop.check()
 
+    @property
+    def queued_tokens(self) -> int:
+        """Token-work that waits at the routers for any worker, as they last said."""
+        return sum(self._queued_tokens.values())
+
+    def usage(self) -> Usage:
+        """What there is to do now, and the mean time to first token since this was last asked."""
+        load, (num_before, seconds_before) = self._engine.load, self._first_tokens
+        num_requests, seconds = self._first_tokens = self._metrics.first_tokens
+        num_new = num_requests - num_before
+        return Usage(
+            self.queued_tokens,
+            load.pending_prefill_tokens,
+            load.kv_used_tokens / max(load.kv_capacity_tokens, 1),
+            load.num_running,
+            self._limits.max_running,
+            (seconds - seconds_before) / num_new if num_new else 0.0,
+        )
+
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for live ones; False if some are left after `timeout_s`."""
         if self._loop is None:
@@ -115,7 +223,7 @@ class WorkerServer:
             queue.put_nowait(self._heartbeat())
         try:
             async with asyncio.timeout(timeout_s):
-                while self._loop.num_live:  # noqa: ASYNC110 - the engine's thread has no event to await
+                while self._loop.num_live or self._num_fetching:  # noqa: ASYNC110 - the engine's thread has no event to await
                     await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
             return False
@@ -132,6 +240,7 @@ class WorkerServer:
         self._num_sessions += 1
         session = self._num_sessions
         queue = self._sessions[session] = asyncio.Queue()
+        self._engine.open(session)
         reader = asyncio.create_task(self._read(session, frames, queue))
         try:
             yield pb.WorkerFrame(hello=self._hello())
@@ -139,11 +248,12 @@ class WorkerServer:
                 yield frame
         finally:
             self._sessions.pop(session, None)
-            self._engine.cancel(session)
+            self._engine.close(session)
             reader.cancel()
             [ending] = await asyncio.gather(reader, return_exceptions=True)
             if isinstance(ending, Exception):
                 log.error("a router's frames could not be read", exc_info=ending)
+            self._queued_tokens.pop(session, None)
 
     async def _listen(self, host: str) -> tuple[grpc.aio.Server, int]:
         options = [
@@ -152,11 +262,12 @@ class WorkerServer:
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 500),
+            *KEEPALIVE,
         ]
         server = grpc.aio.server(options=options)
         rpc.add_WorkerSessionServicer_to_server(_Servicer(self, self._token), server)
         try:
-            port = server.add_insecure_port(f"{host}:0")
+            port = _add_port(server, f"{host}:0", self._tls)
         except RuntimeError as error:
             raise SetupError(f"cannot listen on {host}: {error}; set worker.session.host") from error
         await server.start()
@@ -166,16 +277,51 @@ class WorkerServer:
         self, session: int, frames: AsyncIterator[pb.RouterFrame], queue: asyncio.Queue[pb.WorkerFrame | None]
     ) -> None:
         """Hand a router's work to the engine; the session ends when the router says no more."""
+        waiting = Waiting()
         try:
             async for frame in frames:
                 for submit in frame.submit:
-                    self._engine.submit(session, convert.submit_from_proto(submit))
+                    self._submit(session, convert.submit_from_proto(submit), waiting)
                 for cancel in frame.cancel:
+                    waiting.cancel(("request", cancel.request_id))
                     self._engine.cancel(session, cancel.request_id)
+                for pin in frame.pin:
+                    self._pin(session, convert.pin_from_proto(pin), waiting)
+                for pin_id in frame.unpin:
+                    waiting.cancel(("pin", pin_id))
+                    self._engine.unpin(session, pin_id)
                 if frame.HasField("interval_us"):
                     self._engine.pace(session, frame.interval_us / 1e6)
+                if frame.resync:
+                    self._engine.resync(session)
+                if frame.HasField("queued_tokens"):
+                    self._queued_tokens[session] = frame.queued_tokens
         finally:
             queue.put_nowait(None)
+            await waiting.close()
+
+    def _submit(self, session: int, request: Request, waiting: Waiting) -> None:
+        """Hand a request to the engine; one whose prefix another worker has, when that is here or does not come."""
+        if self._exchange is None or request.prefix_source is None:
+            self._engine.submit(session, request)
+            return
+        fetch = partial(self._fetch, request.cache_salt, request.token_ids, request.prefix_source)
+        waiting.after(fetch, lambda: self._engine.submit(session, request), ("request", request.request_id))
+
+    def _pin(self, session: int, pin: Pin, waiting: Waiting) -> None:
+        if self._exchange is None or pin.prefix_source is None:
+            self._engine.pin(session, pin)
+            return
+        fetch = partial(self._fetch, pin.cache_salt, pin.token_ids, pin.prefix_source)
+        waiting.after(fetch, lambda: self._engine.pin(session, pin), ("pin", pin.pin_id))
+
+    async def _fetch(self, salt: str, token_ids: Sequence[int], source: PrefixSource) -> None:
+        assert self._exchange is not None
+        self._num_fetching += 1
+        try:
+            await self._exchange.fetch(salt, token_ids, source)
+        finally:
+            self._num_fetching -= 1
 
     async def _next_frame(self, queue: asyncio.Queue[pb.WorkerFrame | None]) -> pb.WorkerFrame | None:
         """The next frame, or a heartbeat after silence; None when the session must end."""
@@ -197,7 +343,7 @@ class WorkerServer:
             return
         log.warning("a router reads too slowly: %d frames wait; its session ends", queue.qsize())
         del self._sessions[frame.session]
-        self._engine.cancel(frame.session)
+        self._engine.close(frame.session)
         queue.put_nowait(None)
 
     def _heartbeat(self) -> pb.WorkerFrame:
@@ -213,6 +359,9 @@ class WorkerServer:
             page_size=stats.page_size,
             kv_capacity_tokens=stats.kv_total_pages * stats.page_size,
             load=convert.load_to_proto(self._engine.load),
+            max_running=self._limits.max_running,
+            step_tokens=self._limits.step_tokens,
+            fetches_prefixes=self._exchange is not None,
         )
 
 
@@ -240,10 +389,40 @@ class _Servicer(rpc.WorkerSessionServicer):
             failure = EngineFailure(f"the session failed: {error}")
             await context.abort(failure.status, failure.message, trailers(failure))
 
-    def _authenticate(self, context: grpc.aio.ServicerContext[pb.RouterFrame, pb.WorkerFrame]) -> None:
+    async def ExportPrefix(  # noqa: N802
+        self,
+        request: pb.ExportPrefixRequest,
+        context: grpc.aio.ServicerContext[pb.ExportPrefixRequest, pb.ExportPrefixResponse],
+    ) -> pb.ExportPrefixResponse:
+        """See WorkerSession.ExportPrefix."""
+        try:
+            self._authenticate(context)
+            return await self._worker.export_prefix(request)
+        except HeadwaterError as error:
+            await context.abort(error.status, error.message, trailers(error))
+
+    def _authenticate(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         given = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
         if not hmac.compare_digest(str(given), self._token):
             raise Unauthenticated("the session token is missing or wrong; routers and workers must share one")
+
+
+def _open_arena(config: ExchangeSection) -> Arena | None:
+    """This worker's part of the arena; None, said once, where there can be none."""
+    try:
+        return Arena.open(config.directory, max_bytes=config.max_bytes)
+    except ArenaUnusable as error:
+        log.warning(
+            "no prefixes through shared memory: %s; set worker.engine.kv.exchange.directory or max_bytes", error.reason
+        )
+        return None
+
+
+def _add_port(server: grpc.aio.Server, address: str, tls: PeerTLS | None) -> int:
+    """The port's number. Raises SetupError for certificates that cannot be used, RuntimeError for the address."""
+    if tls is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, server_credentials(Certificates.of_peer(tls)))
 
 
 def _load_tokenizer(config: WorkerConfig) -> Tokenizer:
@@ -256,7 +435,8 @@ def _load_tokenizer(config: WorkerConfig) -> Tokenizer:
 
 def _to_proto(frame: Frame) -> pb.WorkerFrame:
     deltas = [_delta_to_proto(delta) for delta in frame.deltas]
-    return pb.WorkerFrame(step=pb.StepFrame(step=frame.step, deltas=deltas, load=convert.load_to_proto(frame.load)))
+    step = pb.StepFrame(step=frame.step, deltas=deltas, load=convert.load_to_proto(frame.load))
+    return pb.WorkerFrame(step=step, kv_events=frame.kv_events and convert.kv_events_to_proto(frame.kv_events))
 
 
 def _delta_to_proto(delta: Delta | Failure) -> pb.WorkerDelta:

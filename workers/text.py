@@ -47,7 +47,7 @@ class OutputText:
 
     __slots__ = ("_held", "_min_tokens", "_num_tokens", "_pending", "_stops", "_stream", "_texts", "_tokenizer")
 
-    def __init__(self, texts: TokenTexts, sampling: Sampling, resumed: Sequence[int] = ()) -> None:
+    def __init__(self, texts: TokenTexts, sampling: Sampling) -> None:
         self._texts = texts
         self._tokenizer = texts.tokenizer
         self._stops = sampling.stop
@@ -56,7 +56,6 @@ class OutputText:
         self._pending: list[int] = []  # fed, but not yet a whole character
         self._held = ""  # could be the beginning of a stop string
         self._num_tokens = 0
-        self.feed(resumed)
 
     def add(self, token_id: int) -> str | None:
         """The text one more token makes certain; None, and nothing is fed, if stop strings have to be looked for."""

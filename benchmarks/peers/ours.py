@@ -40,6 +40,7 @@ class Ours:
         metrics = WorkerMetrics(model_name=config.model.served_name, worker_id="0")
         self._loop = EngineLoop(self._engine, tokenizer, metrics, deliver=self._deliver, stall_s=config.engine.stall_s)
         self._loop.start()
+        self._loop.open(SESSION)
 
     def facts(self) -> Mapping[str, object]:
         return {"commit": revision()[0], **self._options}

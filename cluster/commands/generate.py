@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.commands import sampling as flags
-from cluster.commands.call import DEFAULT_TARGET, Json, Model, Target, Timeout, call, prompt_tokens, read_prompt
+from cluster.commands.call import (
+    DEFAULT_TARGET,
+    Access,
+    ApiKeyFile,
+    Json,
+    Model,
+    Target,
+    Timeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    call,
+    prompt_tokens,
+    read_prompt,
+)
 from cluster.commands.printer import JsonPrinter, Printer, TerminalPrinter, TextPrinter
 from protos.messages import Speculation
 
@@ -41,6 +55,10 @@ def generate(
     ] = "auto",
     token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is token ids, such as 1,2,3.")] = False,
     target: Target = DEFAULT_TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key_file: ApiKeyFile = None,
     model: Model = "",
     timeout: Timeout = None,
     json: Json = False,
@@ -68,7 +86,8 @@ def generate(
     text = read_prompt(prompt)
     content = prompt_tokens(text) if token_ids else text
     printer = _printer(text, num_outputs=n or 1, as_json=json)
-    call(target, lambda client: _stream(client, content, model, speculation, sampling, printer), timeout_s=timeout)
+    access = Access(target, tls_ca, tls_cert, tls_key, api_key_file)
+    call(access, lambda client: _stream(client, content, model, speculation, sampling, printer), timeout_s=timeout)
 
 
 async def _stream(

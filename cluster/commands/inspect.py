@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.commands.call import DEFAULT_TARGET, Json, Model, Target, Timeout, call, read_prompt
+from cluster.commands.call import (
+    DEFAULT_TARGET,
+    Access,
+    ApiKeyFile,
+    Json,
+    Model,
+    Target,
+    Timeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    call,
+    read_prompt,
+)
 from cluster.commands.printer import print_json
 
 if TYPE_CHECKING:
@@ -18,6 +31,10 @@ def score(
     context: Annotated[str, typer.Argument(help="The text before; - reads it from the standard input.")],
     continuations: Annotated[list[str], typer.Argument(help="What could follow it, each as one argument.")],
     target: Target = DEFAULT_TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key_file: ApiKeyFile = None,
     model: Model = "",
     timeout: Timeout = None,
     json: Json = False,
@@ -33,12 +50,16 @@ def score(
             else:
                 print(f"{result.logprob:10.4f}  {text}")
 
-    call(target, ask, timeout_s=timeout)
+    call(Access(target, tls_ca, tls_cert, tls_key, api_key_file), ask, timeout_s=timeout)
 
 
 def tokenize(
     text: Annotated[str, typer.Argument(help="The text; - reads it from the standard input.")],
     target: Target = DEFAULT_TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key_file: ApiKeyFile = None,
     model: Model = "",
     timeout: Timeout = None,
 ) -> None:
@@ -47,10 +68,18 @@ def tokenize(
     async def ask(client: Client) -> None:
         print(*await client.tokenize(read_prompt(text), model=model))
 
-    call(target, ask, timeout_s=timeout)
+    call(Access(target, tls_ca, tls_cert, tls_key, api_key_file), ask, timeout_s=timeout)
 
 
-def models(target: Target = DEFAULT_TARGET, timeout: Timeout = None, json: Json = False) -> None:
+def models(
+    target: Target = DEFAULT_TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    api_key_file: ApiKeyFile = None,
+    timeout: Timeout = None,
+    json: Json = False,
+) -> None:
     """The models a cluster serves, and their limits."""
 
     async def ask(client: Client) -> None:
@@ -60,4 +89,4 @@ def models(target: Target = DEFAULT_TARGET, timeout: Timeout = None, json: Json 
             else:
                 print(f"{model.name}: {model.num_workers} workers, context {model.max_context} tokens")
 
-    call(target, ask, timeout_s=timeout)
+    call(Access(target, tls_ca, tls_cert, tls_key, api_key_file), ask, timeout_s=timeout)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from cluster.config import HeadwaterConfig
+    from cluster.config import ClusterSection, HeadwaterConfig
     from cluster.lifecycle import Cluster
 
 LOG_BYTES = 5 << 20
@@ -64,7 +64,7 @@ def _run(config: HeadwaterConfig, log_file: Path) -> None:
 def _welcome(screen: Console, config: HeadwaterConfig, cluster: Cluster, log_file: Path) -> None:
     target = cluster.endpoints[0].grpc
     at = "" if target == "127.0.0.1:9000" else f" --target {target}"
-    parts = [_count(config.cluster.num_workers, "worker"), _count(config.cluster.num_drafters, "drafter")]
+    parts = [_workers(config.cluster), _count(config.cluster.num_drafters, "drafter")]
     screen.print(
         f"\n[bold]Headwater[/] serves {config.worker.model.served_name} with {' and '.join(filter(None, parts))}\n"
     )
@@ -78,6 +78,12 @@ def _welcome(screen: Console, config: HeadwaterConfig, cluster: Cluster, log_fil
     screen.print(f"  log        {log_file}\n")
     screen.print(f'Try it:  .venv/bin/headwater generate "def fibonacci(n):"{at}')
     screen.print("Stop it: Ctrl-C", end="\n\n")
+
+
+def _workers(cluster: ClusterSection) -> str:
+    """Such as "2 workers" or "1 to 4 workers"."""
+    least, most = cluster.min_workers, cluster.max_workers
+    return _count(most, "worker") if least == most else f"{least} to {_count(most, 'worker')}"
 
 
 def _count(number: int, noun: str) -> str:

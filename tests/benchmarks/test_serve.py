@@ -138,7 +138,7 @@ async def test_a_stream_that_just_stops_is_an_error(tmp_path: Path) -> None:
     async with running(Server(finishes=False)) as address:
         rows = await bench(address, *options, "--json", str(tmp_path / "rows"))
     failed = [row["failed"] for row in rows if "failed" in row]
-    assert failed == ["NothingCompletedError: none of 2 requests completed: {'EngineFailure': 2}"] * 2
+    assert failed == ["NothingCompletedError: none of 2 requests completed: {'WorkerLost': 2}"] * 2
     assert rows[-1] == {"code": 1}
 
 

@@ -19,6 +19,7 @@ from cluster.app import (
 )
 from cluster.config import load
 from protos.errors import ConfigError
+from protos.tls import PeerTLS
 
 POOL = ("cluster.num_drafters=2", "worker.engine.speculation.drafters=[copy, pool]")
 
@@ -106,3 +107,15 @@ def test_workers_of_one_machine_leave_the_drafters_their_cores(monkeypatch: pyte
     assert threads_per_worker(load(None, [*POOL, "drafter.threads=2"]), local=True) == 2
     assert threads_per_worker(load(None, [*POOL, "drafter.threads=4"]), local=True) == 1
     assert threads_per_worker(load(None, [*POOL, "cluster.worker_cpus=4"]), local=False) == 4
+
+
+def test_every_process_is_given_the_certificates_of_members() -> None:
+    files = {"cert_file": "member.pem", "key_file": "member.key", "ca_file": "ca.pem"}
+    tls = [f"cluster.tls.{key}=/etc/headwater/{file}" for key, file in files.items()]
+    for overrides, expected in (
+        (POOL, None),
+        ((*POOL, *tls), PeerTLS(*(Path("/etc/headwater") / file for file in files.values()))),
+    ):
+        built = flatten(build(load(None, overrides)), name=APP_NAME)
+        given = {deployment.name: deployment.init_kwargs["tls"] for deployment in built.deployments}
+        assert given == dict.fromkeys((DRAFTER_NAME, WORKER_NAME, ROUTER_NAME), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,8 +19,8 @@ from protos.v1 import inference_pb2 as pb
 FLAGS = {"stop_token_ids": "--stop-token-id"}  # given once per id, so in the singular
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin, env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
 
 
 def headwater(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +42,10 @@ def test_every_sampling_parameter_has_a_flag(field: str) -> None:
     assert FLAGS.get(field, "--" + field.replace("_", "-")) in run("generate", "--help").output.split()
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "score", "tokenize", "models"])
+@pytest.mark.parametrize(
+    "command",
+    ["serve", "generate", "score", "tokenize", "models", "topology", "explain", "drain", "pin", "api-key"],
+)
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -87,6 +91,22 @@ def test_missing_model_is_one_line_and_exit_code_2() -> None:
     done = headwater("serve", "--set", "worker.model.path=nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ModelError: ")
+
+
+def test_api_keys_are_printed_once_with_the_hash_for_the_tenants_file() -> None:
+    first, second = (run("api-key").stdout.split() for _ in range(2))
+    assert first != second
+    key, hashed = first
+    assert re.fullmatch(r"hw-[A-Za-z0-9_-]{43}", key)
+    assert run("api-key", "--hash", stdin=f"{key}\n").stdout.split() == [hashed]
+
+
+def test_a_key_that_could_be_guessed_is_not_hashed_and_not_echoed() -> None:
+    done = run("api-key", "--hash", stdin="swordfish\n")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "a key of 9 characters" in done.stderr
+    assert "swordfish" not in done.stderr
 
 
 def test_print_config_prints_the_whole_tree() -> None:

@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import convert, errors
-from protos.messages import Delta, Failure, Finish, Load, PositionLogprobs, Request, ResumePoint, Sampling
+from protos.messages import (
+    Delta,
+    Failure,
+    Finish,
+    KVEvents,
+    Load,
+    Pin,
+    PositionLogprobs,
+    PrefixSource,
+    Request,
+    ResumePoint,
+    Sampling,
+)
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import session_pb2 as session_pb
 
@@ -44,6 +56,7 @@ samplings = st.builds(
     logprobs=maybe_u32,
     prompt_logprobs=maybe_u32,
 )
+sources = st.builds(PrefixSource, text, text, u32)
 requests = st.builds(
     Request,
     request_id=text,
@@ -55,7 +68,10 @@ requests = st.builds(
     deadline=st.none() | st.floats(1, 1e12),
     resume=st.lists(st.builds(ResumePoint, u32, ids, st.booleans()), max_size=3).map(tuple),
     speculation=st.sampled_from(["auto", "off"]),
+    prefix_source=st.none() | sources,
 )
+pins = st.builds(Pin, text, text, ids, st.none() | sources)
+events = st.builds(KVEvents, u64, st.lists(u64).map(tuple), st.lists(u64).map(tuple), st.booleans())
 deltas = st.builds(
     Delta,
     request_id=text,
@@ -74,6 +90,18 @@ loads = st.builds(Load, u32, u32, u64, u64, u64, st.booleans())
 def test_requests(request: Request) -> None:
     wire = convert.submit_to_proto(request).SerializeToString()
     assert convert.submit_from_proto(session_pb.Submit.FromString(wire)) == request
+
+
+@given(pins)
+def test_pins(pin: Pin) -> None:
+    wire = convert.pin_to_proto(pin).SerializeToString()
+    assert convert.pin_from_proto(session_pb.Pin.FromString(wire)) == pin
+
+
+@given(events)
+def test_kv_events(change: KVEvents) -> None:
+    wire = convert.kv_events_to_proto(change).SerializeToString()
+    assert convert.kv_events_from_proto(session_pb.KVEvents.FromString(wire)) == change
 
 
 @given(deltas)

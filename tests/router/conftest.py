@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from protos.client import Client, RetryPolicy
-from router.config import GrpcSection, LimitsSection, MetricsSection, RouterConfig, SessionsSection
+from router.api_key import key_hash
+from router.config import (
+    DispatchSection,
+    GrpcSection,
+    LimitsSection,
+    MetricsSection,
+    RecoverySection,
+    RouterConfig,
+    RoutingSection,
+    SessionsSection,
+    TenantsSection,
+)
 from router.server import RouterAddress, RouterServer
 from tests.router.scripted_worker import Script, ScriptedWorker, answer
 
@@ -32,7 +44,15 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def router_config(*, sessions: dict[str, Any] | None = None, **limits: Any) -> RouterConfig:
+def router_config(
+    *,
+    sessions: dict[str, Any] | None = None,
+    recovery: dict[str, Any] | None = None,
+    dispatch: dict[str, Any] | None = None,
+    routing: dict[str, Any] | None = None,
+    tenants: dict[str, Any] | None = None,
+    **limits: Any,
+) -> RouterConfig:
     """Free ports and short times."""
     times = {"watchdog_s": 0.5, "connect_timeout_s": 2.0, "reconnect_first_s": 0.02, "reconnect_max_s": 0.1}
     return RouterConfig(
@@ -40,7 +60,36 @@ def router_config(*, sessions: dict[str, Any] | None = None, **limits: Any) -> R
         metrics=MetricsSection(port=0),
         limits=LimitsSection(**{"no_worker_grace_s": 0.3, "max_continuations": 4} | limits),
         sessions=SessionsSection(**times | (sessions or {})),
+        recovery=RecoverySection(**recovery or {}),
+        dispatch=DispatchSection(**dispatch or {}),
+        routing=RoutingSection(**routing or {}),
+        tenants=TenantsSection(**tenants or {}),
     )
+
+
+@dataclass
+class Keys:
+    """Three tenants' keys, and the file that knows them."""
+
+    file: Path
+    admin: str = "hw-key-of-the-operator"
+    acme: str = "hw-key-of-acme"
+    globex: str = "hw-key-of-globex"
+
+    def write(self, **limits: dict[str, Any]) -> None:
+        """Limits by tenant."""
+        entries = {
+            name: {"keys": [key_hash(getattr(self, name))], "is_admin": name == "admin"} | limits.get(name, {})
+            for name in ("admin", "acme", "globex")
+        }
+        self.file.write_text(yaml.safe_dump({"tenants": entries}))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    keys = Keys(tmp_path / "tenants.yaml")
+    keys.write()
+    return keys
 
 
 @dataclass
@@ -68,12 +117,7 @@ class Cluster:
         self.server.set_workers(self.members)
 
     async def wait_connected(self) -> None:
-        async with Client(self.address.grpc) as client:
-            await until_async(lambda: self._all_listed(client))
-
-    async def _all_listed(self, client: Client) -> bool:
-        models_ = await client.models()
-        return bool(models_) and models_[0].num_workers == len(self.members)
+        await until(lambda: self.server.num_connected == len(self.members))
 
     async def client(self, **options: Any) -> Client:
         return await self.stack.enter_async_context(Client(self.address.grpc, **{"retry": ONCE} | options))

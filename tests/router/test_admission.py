@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +10,6 @@ import pytest
 
 from protos import errors
 from protos.client import Client
-from protos.messages import Request, Sampling
-from router.admission import Admission
-from router.config import RouterConfig
-from router.fleet import Fleet
-from router.group import Group
-from router.metrics import RouterMetrics
-from router.policy import default_policy
-from router.session import RouterIdentity
-from router.stream import Stream
 from tests.router.conftest import Cluster, until
 from tests.router.scripted_worker import answer, hang
 
@@ -86,19 +76,6 @@ async def test_deadline_in_the_queue_ends_and_frees_the_place(start_cluster: Sta
     await client.abort("running")
     await asyncio.gather(running, waiting)
     assert len(cluster.workers["w0"].submitted) == 1
-
-
-async def test_a_deadline_that_has_passed_is_refused_before_anything_is_kept() -> None:
-    config, metrics = RouterConfig(), RouterMetrics()
-    fleet = Fleet(config.sessions, RouterIdentity("r", "secret", "m"), metrics, on_change=lambda: None)
-    admission = Admission(config.limits, fleet, default_policy(), metrics)
-    request = Request("a", (1, 2), Sampling(seed=0, max_tokens=4))
-    stream = Stream(request, client_id="a", model="m", created=time.monotonic())
-    with pytest.raises(errors.DeadlineExceeded, match="had passed when the request arrived"):
-        admission.admit(Group("a", (stream,), remaining_s=0.0))
-    assert admission.num_live == admission.num_waiting == 0
-    admission.check()
-    admission.close()
 
 
 async def test_a_client_without_time_left_reaches_no_worker(start_cluster: Start) -> None:

@@ -210,7 +210,8 @@ async def test_score_that_fails_in_part_cancels_the_rest(cluster: Cluster, clien
     worker.script = script
     with pytest.raises(errors.EngineFailure, match="broken"):
         await client.score([5], [[6], [7]])
-    await until(lambda: worker.cancelled == [worker.submitted[1].request_id])
+    assert [len(worker.submitted), worker.frame_sizes] == [4, [2, 2]]  # both again, once
+    await until(lambda: worker.cancelled == [worker.submitted[1].request_id, worker.submitted[3].request_id])
 
 
 async def test_tokenize_and_detokenize(client: Client) -> None:

@@ -57,14 +57,15 @@ async def test_loss_names_the_worker_and_is_retryable(cluster: Cluster, client: 
     assert raised.value.retryable
 
 
-async def test_only_the_dead_workers_streams_are_lost(cluster: Cluster, client: Client) -> None:
+async def test_the_other_worker_takes_over(cluster: Cluster, client: Client) -> None:
     await cluster.add_worker("w1", answer(30, delay_s=0.01))
     cluster.workers["w0"].script = answer(30, delay_s=0.01)
     streams = [asyncio.create_task(ending(client, max_tokens=30)) for _ in range(20)]
     await until(lambda: sum(len(worker.submitted) for worker in cluster.workers.values()) == 20)
     assert [len(worker.submitted) for worker in cluster.workers.values()] == [10, 10]
     await cluster.workers["w0"].kill()
-    assert Counter(await asyncio.gather(*streams)) == {"WorkerLost": 10, "length": 10}
+    assert Counter(await asyncio.gather(*streams)) == {"length": 20}
+    assert len(cluster.workers["w1"].submitted) == 20
 
 
 async def test_a_worker_that_comes_back_is_used_again(cluster: Cluster, client: Client) -> None:

@@ -64,6 +64,7 @@ async def test_reflection_lists_every_service(cluster: Cluster) -> None:
     names = {service.name for service in response.list_services_response.service}
     assert names == {
         "headwater.v1.Inference",
+        "headwater.v1.Cluster",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
@@ -146,7 +147,7 @@ async def test_second_router_on_the_metrics_port_fails_clearly(cluster: Cluster,
 async def test_missing_certificate_is_named(tokenizer_dir: Path, tmp_path: Path) -> None:
     tls = TLSSection(cert_file=tmp_path / "cert.pem", key_file=tmp_path / "key.pem")
     config = RouterConfig(grpc=GrpcSection(port=0, tls=tls), metrics=MetricsSection(port=0))
-    with pytest.raises(errors.SetupError, match=r"key\.pem"):
+    with pytest.raises(errors.SetupError, match=r"`router\.grpc\.tls\.cert_file`: .*cert\.pem cannot be read"):
         await router(tokenizer_dir, config).start()
 
 

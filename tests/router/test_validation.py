@@ -9,11 +9,11 @@ import grpc
 import pytest
 
 from protos import errors
-from protos.messages import ModelInfo
+from protos.messages import ModelInfo, ResumePoint
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
 from router.config import LimitsSection
-from router.validation import Rules, check_prompt, check_token_ids, decode_text
+from router.validation import Rules, check_prompt, check_received, check_token_ids, decode_text
 from tests.router.conftest import Cluster
 
 MODEL = ModelInfo("tiny", max_context=64, vocab_size=100)
@@ -114,6 +114,45 @@ def test_prompts() -> None:
         check_token_ids("the prompt", [1, 2, 100], 100)
     with pytest.raises(errors.InvalidText, match="byte 1"):
         decode_text("prompt", b"a\xff")
+
+
+RECEIVED = [pb.ReceivedOutput(index=2, token_ids=[7, 8]), pb.ReceivedOutput(index=0, finished=True)]
+
+
+def test_received_outputs_become_resume_points() -> None:
+    sampling = resolve(n=3, max_tokens=2, seed=0)
+    points = check_received(RECEIVED, sampling, has_seed=True, model=MODEL)
+    assert points == (ResumePoint(2, (7, 8)), ResumePoint(0, (), finished=True))
+    assert check_received([], sampling, has_seed=False, model=MODEL) == ()
+
+
+@pytest.mark.parametrize(
+    ("received", "params", "kind", "fragment"),
+    [
+        (RECEIVED, {}, errors.InvalidParameter, "set sampling.seed"),
+        ([pb.ReceivedOutput(index=3)], {"seed": 1}, errors.InvalidParameter, "output 3, the last is 2"),
+        ([pb.ReceivedOutput(index=1)] * 2, {"seed": 1}, errors.InvalidParameter, "output 1 more than once"),
+        ([pb.ReceivedOutput(token_ids=[5, 100])], {"seed": 1}, errors.TokenOutOfRange, "token id 100 at position 1"),
+        ([pb.ReceivedOutput(token_ids=[5] * 5)], {"seed": 1}, errors.InvalidParameter, "5 tokens of output 0"),
+        ([pb.ReceivedOutput(index=i, finished=True) for i in range(3)], {"seed": 1}, errors.InvalidParameter, "all 3"),
+    ],
+)
+async def test_received_that_cannot_be_resumed(
+    stub: pb_grpc.InferenceAsyncStub,
+    cluster: Cluster,
+    received: list[pb.ReceivedOutput],
+    params: dict[str, Any],
+    kind: type[errors.HeadwaterError],
+    fragment: str,
+) -> None:
+    sampling = pb.SamplingParams(n=3, max_tokens=4, **params)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await send(stub, pb.GenerateRequest(tokens=TOKENS, sampling=sampling, received=received))
+    error = errors.from_rpc_error(raised.value)
+    assert type(error) is kind
+    assert fragment in error.message
+    assert ";" in error.message  # value and limit; remedy
+    assert not cluster.workers["w0"].submitted
 
 
 @pytest.fixture

@@ -9,12 +9,25 @@ import grpc
 import pytest
 
 from protos import convert
+from protos.blocks import block_hashes
 from protos.errors import Unauthenticated, from_rpc_error
 from protos.messages import Delta, Failure, Request, Sampling
 from protos.v1 import session_pb2 as pb
 from protos.v1 import session_pb2_grpc as rpc
 from tests.metrics import scrape
-from workers.config import EngineSection, MetricsSection, ModelSection, SessionSection, WorkerConfig
+from tests.workers.kv.mirror import Mirror
+from tests.workers.proxy import Proxy
+from workers import server as worker_server
+from workers.config import (
+    EngineSection,
+    KernelsSection,
+    KVSection,
+    MetricsSection,
+    ModelSection,
+    SchedulerSection,
+    SessionSection,
+    WorkerConfig,
+)
 from workers.engine.fake import FakeEngine, next_token
 from workers.server import TOKEN_KEY, WorkerAddress, WorkerServer
 
@@ -28,6 +41,7 @@ class Session:
     def __init__(self, address: str, token: str = TOKEN) -> None:
         self.channel = grpc.aio.insecure_channel(address)
         self.call = rpc.WorkerSessionStub(self.channel).Session(metadata=((TOKEN_KEY, token),))
+        self.cache = Mirror()
 
     async def submit(self, *requests: Request) -> None:
         await self.call.write(pb.RouterFrame(submit=[convert.submit_to_proto(request) for request in requests]))
@@ -38,9 +52,20 @@ class Session:
     async def pace(self, interval_us: int) -> None:
         await self.call.write(pb.RouterFrame(interval_us=interval_us))
 
+    async def resync(self) -> None:
+        await self.call.write(pb.RouterFrame(resync=True))
+
     async def read(self) -> pb.WorkerFrame:
         frame = await asyncio.wait_for(self.call.read(), 5)
         assert isinstance(frame, pb.WorkerFrame)
+        if frame.HasField("kv_events"):
+            self.cache.receive(convert.kv_events_from_proto(frame.kv_events))
+        return frame
+
+    async def step(self) -> pb.WorkerFrame:
+        """The next frame with tokens."""
+        while not (frame := await self.read()).step.deltas:
+            pass
         return frame
 
     async def deltas(self, request_id: str) -> list[Delta | Failure]:
@@ -55,23 +80,34 @@ class Session:
                         return found
 
 
+LIMITS = SchedulerSection(max_running=17, step_tokens=300)
+FAKE = EngineSection(kind="fake", scheduler=LIMITS)
+PAGE = 8
+
+
 @asynccontextmanager
-async def running(target_dir: Path, *, step_s: float = 0.0) -> AsyncIterator[tuple[WorkerServer, WorkerAddress]]:
+async def started(target_dir: Path, engine: EngineSection) -> AsyncIterator[tuple[WorkerServer, WorkerAddress]]:
     config = WorkerConfig(
         model=ModelSection(path=target_dir),
-        engine=EngineSection(kind="fake"),
+        engine=engine,
         session=SessionSection(heartbeat_s=0.05, max_queued_frames=MAX_QUEUED_FRAMES),
         metrics=MetricsSection(port=0),
     )
     server = WorkerServer(config, worker_id="w0", session_token=TOKEN)
     address = await server.start()
-    engine = server._engine._engine
-    assert isinstance(engine, FakeEngine)
-    engine._step_s = step_s
     try:
         yield server, address
     finally:
         await server.stop()
+
+
+@asynccontextmanager
+async def running(target_dir: Path, *, step_s: float = 0.0) -> AsyncIterator[tuple[WorkerServer, WorkerAddress]]:
+    async with started(target_dir, FAKE) as (server, address):
+        engine = server._engine._engine
+        assert isinstance(engine, FakeEngine)
+        engine._step_s = step_s
+        yield server, address
 
 
 def request(request_id: str, *, max_tokens: int = 5, deadline: float | None = None, prompt: int = 1) -> Request:
@@ -83,6 +119,7 @@ async def test_tokens_come_back_in_order_and_end_once(target_dir: Path) -> None:
         session = Session(address.session)
         hello = (await session.read()).hello
         assert (hello.worker_id, hello.model, hello.vocab_size) == ("w0", "target", 4096)
+        assert (hello.max_running, hello.step_tokens) == (17, 300)
         await session.submit(request("a"))
         deltas = await session.deltas("a")
         tokens = [token for delta in deltas if isinstance(delta, Delta) for token in delta.token_ids]
@@ -93,7 +130,8 @@ async def test_tokens_come_back_in_order_and_end_once(target_dir: Path) -> None:
 async def test_an_idle_session_carries_heartbeats(target_dir: Path) -> None:
     async with running(target_dir) as (_, address):
         session = Session(address.session)
-        await session.read()
+        assert (await session.read()).WhichOneof("frame") == "hello"
+        assert (await session.read()).kv_events.snapshot
         assert [(await session.read()).WhichOneof("frame") for _ in range(3)] == ["heartbeat"] * 3
         await session.channel.close()
 
@@ -131,16 +169,53 @@ async def test_cancel_and_a_closed_session_free_the_engine(target_dir: Path) -> 
         first, second = Session(address.session), Session(address.session)
         await first.submit(request("a", max_tokens=100_000), request("b", max_tokens=100_000))
         await second.submit(request("c", max_tokens=100_000))
-        await first.read()
-        await first.read()
-        await second.read()
-        await second.read()
+        await first.step()
+        await second.step()
         await first.cancel("a")
         await eventually(lambda: server._engine.num_live == 2)
         await first.channel.close()
         await eventually(lambda: server._engine.num_live == 1)
         await second.channel.close()
         await eventually(lambda: scrape(address.metrics)["headwater_kv_pages_in_use"] == 0)
+
+
+@pytest.mark.parametrize("kind", ["torch", "fake"])
+async def test_a_session_hears_what_the_prefix_cache_holds(target_dir: Path, kind: str) -> None:
+    section = EngineSection(
+        kind=kind,  # type: ignore[arg-type]
+        kernels=KernelsSection(variant="off"),
+        kv=KVSection(num_pages=64, page_size=PAGE),
+    )
+    prompt = tuple(range(1, 3 * PAGE + 4))
+    async with started(target_dir, section) as (_, address):
+        first = Session(address.session)
+        await first.submit(Request("a", prompt, Sampling(seed=1, max_tokens=1), cache_salt="tenant"))
+        await first.deltas("a")
+        expected = set(block_hashes("tenant", prompt, PAGE)) if kind == "torch" else set()
+        assert first.cache.blocks == expected
+        late = Session(address.session)
+        assert (await late.read()).WhichOneof("frame") == "hello"
+        snapshot = await late.read()
+        assert (snapshot.kv_events.snapshot, snapshot.kv_events.sequence) == (True, 1)
+        assert late.cache.blocks == expected
+        await late.resync()
+        while late.cache.num_snapshots < 2:
+            await late.read()
+        assert late.cache.blocks == expected
+        for session in (first, late):
+            await session.channel.close()
+
+
+async def test_a_router_that_is_cut_off_loses_its_requests(target_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_server, "KEEPALIVE", [(name, 1_000) for name, _ in worker_server.KEEPALIVE])
+    async with running(target_dir, step_s=0.01) as (server, address), Proxy(address.session) as proxy:
+        session = Session(proxy.address)
+        await session.submit(request("a", max_tokens=100_000))
+        await session.step()
+        proxy.cut()
+        await eventually(lambda: server._engine.num_live == 0, timeout_s=30)
+        assert not server._sessions
+        await session.channel.close()
 
 
 async def test_a_passed_deadline_is_a_typed_failure(target_dir: Path) -> None:

@@ -111,7 +111,8 @@ def test_a_resumed_output_knows_what_was_emitted(tokenizer: Tokenizer, text: str
     first = before.feed(ids[:cut])
     if first.stop:
         return
-    resumed = OutputText(TokenTexts(tokenizer), Sampling(seed=0, max_tokens=99, stop=("<>",)), ids[:cut])
+    resumed = output(tokenizer, "<>")
+    resumed.feed(ids[:cut])
     assert resumed.feed(ids[cut:]) == before.feed(ids[cut:])
     assert resumed.flush() == before.flush()
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 SegmentKind = Literal["causal", "full", "tree"]
@@ -92,6 +93,47 @@ class KVShape:
     head_dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """What two stores must agree on to exchange pages: if it is equal, so is the meaning of every byte.
+
+    Whether the pages are those of the same model, it does not say.
+    """
+
+    keeper: str  # the code that fills pages: where it puts each number, and how it rounds
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int  # tokens
+    page_bytes: int  # of one page in a block: keys and values of all layers, with what the store pads them by
+
+    @classmethod
+    def of(cls, shape: KVShape, *, keeper: str, dtype: torch.dtype, page_bytes: int) -> PageLayout:
+        name = str(dtype).removeprefix("torch.")
+        return cls(keeper, name, shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.page_size, page_bytes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short, and equal for equal layouts only."""
+        sizes = (self.num_layers, self.num_kv_heads, self.head_dim, self.page_size, self.page_bytes)
+        return " ".join(map(str, (self.keeper, self.dtype, *sizes)))
+
+
+class PageStore(Protocol):
+    """Gives pages away and takes them in as blocks: one page after another of `page_layout`, in one piece of memory."""
+
+    @property
+    def page_layout(self) -> PageLayout:
+        """Only stores of equal layouts may exchange blocks."""
+
+    def export_pages(self, pages: Sequence[int], out: memoryview) -> None:
+        """Copy the keys and values of pages into a block of len(pages) * page_bytes bytes."""
+
+    def import_pages(self, block: memoryview, pages: Sequence[int]) -> None:
+        """Copy a block of len(pages) pages into own ones. The block may begin anywhere, and may go away afterwards."""
+
+
 class AttentionBackend(Protocol):
     """Stores keys and values in pages and attends over segments. Mutated only by the engine that made it."""
 
@@ -111,3 +153,7 @@ class AttentionBackend(Protocol):
 
     def copy_token(self, source: int, target: int) -> None:
         """Copy the keys and values of one slot to another in every layer (an accepted node of a draft)."""
+
+
+class PagedAttention(AttentionBackend, PageStore, Protocol):
+    """An attention backend that can exchange pages."""

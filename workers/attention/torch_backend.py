@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workers.attention.merge import Merge
 from workers.attention.parts import Index, Part, PartBuilder
-from workers.attention.protocol import KVShape, StepBatch, check_segment
+from workers.attention.protocol import KVShape, PageLayout, StepBatch, check_segment
 from workers.attention.softmax import attend_with_lse
 
 
@@ -33,6 +35,13 @@ class TorchAttention:
         num_slots = shape.num_pages * shape.page_size + 1
         size = (2, shape.num_layers, num_slots, shape.num_kv_heads, shape.head_dim)
         self._store = torch.zeros(size, dtype=dtype, device=device)
+        num_numbers = 2 * shape.num_layers * shape.page_size * shape.num_kv_heads * shape.head_dim  # of a page
+        self.page_layout = PageLayout.of(
+            shape,
+            keeper=f"torch-{torch.__version__}-{device.type}",
+            dtype=dtype,
+            page_bytes=num_numbers * dtype.itemsize,
+        )
         self._batch: StepBatch | None = None
         self._plans: dict[int | None, _Plan] = {}  # of this step, by window
 
@@ -64,6 +73,29 @@ class TorchAttention:
 
     def copy_token(self, source: int, target: int) -> None:
         self._store.select(2, target).copy_(self._store.select(2, source))
+
+    def export_pages(self, pages: Sequence[int], out: memoryview) -> None:
+        """As the protocol says; a block is [keys and values, layers, pages, page_size, kv_heads, head_dim]."""
+        assert out.nbytes == len(pages) * self.page_layout.page_bytes, (out.nbytes, len(pages))
+        block = self._pages().index_select(2, self._indices(pages)).flatten().view(torch.uint8)
+        np.frombuffer(out, dtype=np.uint8)[:] = block.cpu().numpy()
+
+    def import_pages(self, block: memoryview, pages: Sequence[int]) -> None:
+        assert block.nbytes == len(pages) * self.page_layout.page_bytes, (block.nbytes, len(pages))
+        taken = torch.empty(block.nbytes, dtype=torch.uint8)  # torch has no views of memory that is only read
+        taken.numpy()[:] = np.frombuffer(block, dtype=np.uint8)
+        store, indices = self._pages(), self._indices(pages)
+        size = (*store.shape[:2], len(pages), *store.shape[3:])
+        store.index_copy_(2, indices, taken.view(self._dtype).view(size).to(self._device))
+
+    def _pages(self) -> Tensor:
+        """The store by pages: [keys and values, layers, pages, page_size, kv_heads, head_dim]."""
+        shape, (num_kinds, num_layers, num_slots, *sizes) = self._shape, self._store.shape
+        slots = self._store.narrow(2, 0, num_slots - 1)
+        return slots.view(num_kinds, num_layers, shape.num_pages, shape.page_size, *sizes)
+
+    def _indices(self, pages: Sequence[int]) -> Tensor:
+        return torch.tensor(list(pages), dtype=torch.int64, device=self._device)
 
     def _make_plan(self, batch: StepBatch, window: int | None) -> _Plan:
         builder = PartBuilder(batch, self._shape, window=window, dtype=self._dtype, device=self._device)

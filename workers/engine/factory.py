@@ -6,7 +6,7 @@ from typing import assert_never
 
 from protos.messages import ModelInfo
 from workers.config import WorkerConfig
-from workers.engine.protocol import Engine
+from workers.engine.protocol import Engine, EngineLimits
 from workers.model.config import ModelConfig
 from workers.speculative.pool.members import PoolAccess
 
@@ -32,6 +32,7 @@ def make_engine(config: WorkerConfig, *, threads: int, pool: PoolAccess | None =
 
             model = ModelConfig.from_directory(config.model.path)
             max_context = config.model.max_context or model.max_position_embeddings
-            return FakeEngine(ModelInfo(config.model.served_name, max_context, model.vocab_size))
+            limits = EngineLimits(config.engine.scheduler.max_running, config.engine.scheduler.step_tokens)
+            return FakeEngine(ModelInfo(config.model.served_name, max_context, model.vocab_size), limits=limits)
         case kind:
             assert_never(kind)

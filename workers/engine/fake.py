@@ -9,10 +9,13 @@ import time
 from collections.abc import Sequence
 
 from protos.errors import DuplicateRequest
-from protos.messages import Finish, Load, ModelInfo, Request, TokenDelta
-from workers.engine.protocol import EngineStats, StepResult
+from protos.messages import Finish, Load, ModelInfo, Pin, Request, TokenDelta
+from workers.engine.protocol import Adoption, EngineLimits, EngineStats, StepResult
+from workers.kv.block import HeldBlock
+from workers.kv.journal import Changes
 
 PAGE_SIZE = 32
+LIMITS = EngineLimits(max_running=64, step_tokens=2048)
 
 
 def next_token(prompt: Sequence[int], index: int, position: int, vocab_size: int) -> int:
@@ -21,10 +24,21 @@ def next_token(prompt: Sequence[int], index: int, position: int, vocab_size: int
 
 
 class FakeEngine:
-    """An Engine that yields one known token per output and step. Owns its requests."""
+    """An Engine that yields one known token per output and step. Owns its requests.
 
-    def __init__(self, model: ModelInfo, *, capacity_tokens: int = 65_536, step_s: float = 0.0) -> None:
+    It says that it has limits, and runs all that comes. It has no prefix cache.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        limits: EngineLimits = LIMITS,
+        capacity_tokens: int = 65_536,
+        step_s: float = 0.0,
+    ) -> None:
         self._model = model
+        self._limits = limits
         self._capacity_tokens = capacity_tokens
         self._step_s = step_s
         self._live: dict[str, tuple[Request, dict[int, int]]] = {}  # request, tokens made by output
@@ -34,6 +48,10 @@ class FakeEngine:
     @property
     def model(self) -> ModelInfo:
         return self._model
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self._limits
 
     def submit(self, request: Request) -> None:
         if request.request_id in self._live:
@@ -77,6 +95,33 @@ class FakeEngine:
             kv_total_pages=total_pages,
             page_size=PAGE_SIZE,
         )
+
+    def take_kv_changes(self) -> Changes:
+        return Changes()
+
+    def kv_blocks(self) -> list[int]:
+        return []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def block_format(self) -> None:
+        """It exchanges nothing."""
+
+    def export_prefix(self, salt: str, token_ids: Sequence[int], payload: memoryview) -> bool:
+        return False
+
+    def adopt_prefix(self, salt: str, token_ids: Sequence[int], block: HeldBlock) -> Adoption:
+        block.close()
+        return Adoption(0, "unused")
+
+    def pin(self, pin: Pin) -> None:
+        """Nothing is kept."""
+
+    def unpin(self, pin_id: str) -> None:
+        """Nothing was kept."""
 
     def close(self) -> None:
         self._live.clear()

@@ -7,10 +7,19 @@ text: tokens in, tokens out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from protos.messages import Failure, Load, ModelInfo, Request, TokenDelta
+from protos.messages import Failure, Load, ModelInfo, Pin, Request, TokenDelta
+from workers.kv.block import BlockFormat, HeldBlock
+from workers.kv.journal import Changes
 from workers.speculative.stats import SpeculationStats
+
+
+class EngineLimits(NamedTuple):
+    """What an engine takes on at once, for as long as it lives."""
+
+    max_running: int  # outputs
+    step_tokens: int  # token budget of one step
 
 
 class EngineStats(NamedTuple):
@@ -32,6 +41,8 @@ class EngineStats(NamedTuple):
     kv_free_pages: int = 0
     kv_cached_pages: int = 0  # held by the prefix tree alone: free as soon as needed
     kv_total_pages: int = 0
+    kv_foreign_pages: int = 0  # of mapped blocks, in the prefix tree: no memory of the store
+    kv_pinned_pages: int = 0
     page_size: int = 0
     speculation: SpeculationStats | None = None  # None: no drafters
 
@@ -46,12 +57,23 @@ class StepResult(NamedTuple):
     num_sequences: int = 0
 
 
+class Adoption(NamedTuple):
+    """What became of a block that was given to an engine."""
+
+    num_tokens: int  # of its prefix that the prefix cache has now
+    way: Literal["mapped", "copied", "unused"]  # unused: there is no room, or it was there already
+
+
 class Engine(Protocol):
     """Computes tokens for many requests at once. Not thread-safe; one owner."""
 
     @property
     def model(self) -> ModelInfo:
         """The model served and its limits."""
+
+    @property
+    def limits(self) -> EngineLimits:
+        """How much runs at once."""
 
     def submit(self, request: Request) -> None:
         """Take a request. Raises InvalidRequest if it can never run here, DuplicateRequest if its id is live."""
@@ -67,6 +89,42 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters for metrics."""
+
+    def take_kv_changes(self) -> Changes:
+        """Blocks that the prefix cache has gained and lost since they were last taken, by name (`protos.blocks`)."""
+
+    def kv_blocks(self) -> list[int]:
+        """The names of all blocks that the prefix cache holds now."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything. It may also be for pins, of which no delta tells."""
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """What engines must agree in to exchange prefixes; None: this one exchanges none. Safe from any thread."""
+
+    def export_prefix(self, salt: str, token_ids: Sequence[int], payload: memoryview) -> bool:
+        """Copy the keys and values of a prefix of whole pages into the payload of a block that is to hold them.
+
+        False, and nothing is copied, if the prefix cache has not all of it, or not any more.
+        """
+
+    def adopt_prefix(self, salt: str, token_ids: Sequence[int], block: HeldBlock) -> Adoption:
+        """Put a block's prefix into the prefix cache, if there is room; `token_ids` are those of its label.
+
+        Takes the block over, and closes it when nothing of it is in use.
+        """
+
+    def pin(self, pin: Pin) -> None:
+        """Compute a prefix, if need be, and keep its whole pages until it is unpinned.
+
+        Where memory does not allow it, that is logged and there is no pin. Pins never keep a request from running: one
+        that has no room beside them ends them.
+        """
+
+    def unpin(self, pin_id: str) -> None:
+        """End a pin. Unknown ids are ignored: there may have been no room for it."""
 
     def close(self) -> None:
         """Release memory, threads and processes. Idempotent."""

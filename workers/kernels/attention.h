@@ -37,8 +37,10 @@ class Attention {
   const AttentionShape& shape() const { return shape_; }
   KVStore<T>& kv() { return store_; }
 
-  // Cuts the step. `positions` and the segments, with what they point at, must live until the step is done.
+  // Cuts the step. `positions` and the segments, with what they point at, must live until the step is done. Throws if a
+  // segment names a page that cannot be read.
   void begin(const Segment* segments, int num_segments, const int64_t* positions, int num_rows) {
+    for (int i = 0; i < num_segments; i++) check_pages(segments[i]);
     segments_ = segments;
     positions_ = positions;
     num_rows_ = num_rows;
@@ -78,6 +80,14 @@ class Attention {
     const int32_t* first = nullptr;
     int count = 0;
   };
+
+  // What stands in a table is used as an index.
+  void check_pages(const Segment& segment) const {
+    if (segment.num_rows == 0 || segment.num_keys == 0) return;
+    const long first = segment.key_start / shape_.page_size;
+    const long end = (segment.key_start + segment.num_keys + shape_.page_size - 1) / shape_.page_size;
+    store_.check_readable(segment.pages + first, end - first);
+  }
 
   // A tile, and the head that is read first of it. -1 for none.
   struct Following {
@@ -135,7 +145,7 @@ class Attention {
 
     bool turn_page() {
       if (pages_.count == 0) return false;
-      line_ = reinterpret_cast<const char*>(attention_->store_.keys(layer_, *pages_.first, head_));
+      line_ = reinterpret_cast<const char*>(attention_->store_.head(layer_, head_).keys(*pages_.first));
       end_ = line_ + long(attention_->page_lines()) * 64;  // a multiple of 32 lines
       pages_.first++;
       pages_.count--;
@@ -372,11 +382,15 @@ class Attention {
     const Chunk& chunk = item.chunk;
     const int per_page = shape_.page_size / kPanel;
     const long size = long(kPanel) * shape_.padded_dim();
-    for (int i = 0; i < chunk.pages.count; i++)
+    const auto head = store_.head(chunk.layer, chunk.head);
+    for (int i = 0; i < chunk.pages.count; i++) {
+      const T* const keys = head.keys(chunk.pages.first[i]);
+      const T* const values = head.values_behind(keys);
       for (int j = 0; j < per_page; j++) {
-        scratch.panels[i * per_page + j] = store_.keys(chunk.layer, chunk.pages.first[i], chunk.head) + j * size;
-        scratch.next[i * per_page + j] = store_.values(chunk.layer, chunk.pages.first[i], chunk.head) + j * size;
+        scratch.panels[i * per_page + j] = keys + j * size;
+        scratch.next[i * per_page + j] = values + j * size;
       }
+    }
     Product<T> product;
     product.a = queries;
     product.lda = shape_.padded_dim();
@@ -397,13 +411,15 @@ class Attention {
     const Chunk& chunk = item.chunk;
     const int num_panels = shape_.padded_dim() / kPanel;
     const long size = long(kPanel) * shape_.page_size;
-    for (int i = 0; i < chunk.pages.count; i++)
+    const auto head = store_.head(chunk.layer, chunk.head), next_head = store_.head(chunk.layer, chunk.next_head);
+    for (int i = 0; i < chunk.pages.count; i++) {
+      const T* const values = head.values_behind(head.keys(chunk.pages.first[i]));
+      const T* const next = i < chunk.next.count ? next_head.keys(chunk.next.first[i]) : values;
       for (int j = 0; j < num_panels; j++) {
-        const T* panel = store_.values(chunk.layer, chunk.pages.first[i], chunk.head) + j * size;
-        scratch.panels[i * num_panels + j] = panel;
-        scratch.next[i * num_panels + j] =
-            i < chunk.next.count ? store_.keys(chunk.layer, chunk.next.first[i], chunk.next_head) + j * size : panel;
+        scratch.panels[i * num_panels + j] = values + j * size;
+        scratch.next[i * num_panels + j] = next + j * size;
       }
+    }
     Product<T> product;
     product.a = item.weighed.weights;
     product.lda = chunk_;

@@ -47,11 +47,11 @@ class NativeAttention:
 
     def copy_page(self, source: int, target: int) -> None:
         if self._handle is not None:
-            self._library.call("attention_copy_page", self._handle, source, target)
+            self._library.check(self._library.call("attention_copy_page", self._handle, source, target))
 
     def copy_token(self, source: int, target: int) -> None:
         if self._handle is not None:
-            self._library.call("attention_copy_token", self._handle, source, target)
+            self._library.check(self._library.call("attention_copy_token", self._handle, source, target))
 
     def _make(self, num_heads: int) -> int:
         s = self._shape

@@ -77,8 +77,7 @@ class Decoder {
     copy(sin_, sin, int(sin_.size()));
   }
 
-  void copy_page(int source, int target) { attention_.kv().copy_page(source, target); }
-  void copy_token(long source, long target) { attention_.kv().copy_token(source, target); }
+  KVStore<T>& kv() { return attention_.kv(); }
 
   void forward(Step& step) {
     begin(step);
@@ -203,15 +202,13 @@ class Decoder {
   }
 
   // What stands in the arrays is used as an index.
-  void check(const Step& step) const {
-    const int64_t num_slots = int64_t(shape_.attention.num_pages) * shape_.attention.page_size;
+  void check(const Step& step) {
     for (int row = 0; row < step.num_rows; row++) {
       if (step.token_ids[row] < 0 || step.token_ids[row] >= shape_.vocab_size)
         throw std::out_of_range("token id " + std::to_string(step.token_ids[row]) + " is not in the vocabulary");
       if (step.positions[row] < 0 || step.positions[row] >= shape_.max_context)
         throw std::out_of_range("position " + std::to_string(step.positions[row]) + " is beyond the context");
-      if (step.slots[row] < 0 || step.slots[row] >= num_slots)
-        throw std::out_of_range("slot " + std::to_string(step.slots[row]) + " is not in the store");
+      kv().check_slot(step.slots[row]);
     }
   }
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
+from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.attention.protocol import KVShape, StepBatch
+from workers.attention.protocol import KVShape, PageLayout, StepBatch
 from workers.kernels.library import AttentionShape, DecoderShape, Library, NativeStep, check_shape
 from workers.model.decoder import Decoder
 from workers.model.layers import Layer, Linear, RMSNorm
-from workers.model.scores import NUM_CHOICES, AttentionTimes, Continuations, Scores
+from workers.model.scores import NUM_CHOICES, AttentionTimes, Continuations, PageMapper, Scores
 
 # decoder.h: Weight and Norm
 _Number = TypeVar("_Number", int, float)
@@ -22,9 +25,14 @@ _Number = TypeVar("_Number", int, float)
 _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN, _HEAD, _EMBEDDING = range(9)
 _ATTENTION_NORM, _FEED_FORWARD_NORM, _QUERY_NORM, _KEY_NORM, _FINAL_NORM = range(5)
 
+_ALIGNMENT = 64  # foreign_pages.h
+
 
 class NativeDecoder:
-    """A Model of native code, keys and values included. Mutated only by the engine that made it."""
+    """A Model of native code, keys and values included. Mutated only by the engine that made it.
+
+    Blocks are mapped: attention over their pages gives the bits that it gives over own pages with the same contents.
+    """
 
     def __init__(self, library: Library, decoder: Decoder, kv: KVShape, *, max_context: int, threads: int) -> None:
         """Pack the weights of `decoder`; nothing of it is needed afterwards.
@@ -48,16 +56,23 @@ class NativeDecoder:
         self._vocab_size = config.vocab_size
         self._num_layers = kv.num_layers
         self._step: NativeStep | None = None  # the last one
+        self._blocks: dict[int, npt.NDArray[np.uint8]] = {}  # mapped, by first page: held, lest they go away
         self._handle = library.call("decoder_new", ctypes.byref(shape), decoder.dtype == torch.bfloat16, threads)
         if self._handle is None:
             raise RuntimeError(library.error())
         weakref.finalize(self, library.call, "decoder_delete", self._handle)
+        page_bytes = library.call("decoder_page_bytes", self._handle)
+        self.page_layout = PageLayout.of(kv, keeper=library.build, dtype=decoder.dtype, page_bytes=page_bytes)
         self._pack(decoder, max_context)
 
     @property
     def kernels(self) -> str:
         """The name of the variant that runs."""
         return self._library.variant.name
+
+    @property
+    def page_mapper(self) -> PageMapper:
+        return self
 
     def forward(self, batch: StepBatch, *, with_logits: bool, num_top_ids: int = 0) -> Scores:
         """As the protocol says; bfloat16 weights and keys, float32 in between."""
@@ -91,16 +106,51 @@ class NativeDecoder:
         )
 
     def copy_page(self, source: int, target: int) -> None:
-        self._library.call("decoder_copy_page", self._handle, source, target)
+        self._library.check(self._library.call("decoder_copy_page", self._handle, source, target))
 
     def copy_token(self, source: int, target: int) -> None:
-        self._library.call("decoder_copy_token", self._handle, source, target)
+        self._library.check(self._library.call("decoder_copy_token", self._handle, source, target))
+
+    def export_pages(self, pages: Sequence[int], out: memoryview) -> None:
+        """As the protocol says; the block's form is that of foreign_pages.h."""
+        numbers, block = array("i", pages), self._block(out, len(pages))
+        assert block.flags.writeable, "a block that is only read"
+        address, count = numbers.buffer_info()
+        self._library.check(self._library.call("decoder_export_pages", self._handle, address, count, block.ctypes.data))
+
+    def import_pages(self, block: memoryview, pages: Sequence[int]) -> None:
+        numbers, source = array("i", pages), self._block(block, len(pages))
+        address, count = numbers.buffer_info()
+        self._library.check(
+            self._library.call("decoder_import_pages", self._handle, source.ctypes.data, address, count)
+        )
+
+    def map_pages(self, block: memoryview, num_pages: int) -> int | None:
+        """As the protocol says; the block begins at a multiple of 64 bytes."""
+        mapped = self._block(block, num_pages)
+        address = mapped.ctypes.data
+        assert num_pages > 0, "a block without pages"
+        assert address % _ALIGNMENT == 0, f"a block at {address:#x}, not a multiple of {_ALIGNMENT}"
+        first: int = self._library.call("decoder_map_block", self._handle, address, num_pages)
+        if first < 0:
+            return None
+        self._blocks[first] = mapped
+        return first
+
+    def unmap_pages(self, first: int) -> None:
+        self._library.check(self._library.call("decoder_unmap_block", self._handle, first))
+        del self._blocks[first]
 
     def rehearse(self, batch: StepBatch, *, num_times: int) -> AttentionTimes:
         """Attend as in `num_times` layers, at most as many as there are, on whatever the pages hold: to learn costs."""
         step = NativeStep(batch)
         self._library.check(self._library.call("decoder_rehearse", self._handle, ctypes.byref(step.struct), num_times))
         return self._times(step, min(num_times, self._num_layers))
+
+    def _block(self, block: memoryview, num_pages: int) -> npt.NDArray[np.uint8]:
+        expected = num_pages * self.page_layout.page_bytes
+        assert block.nbytes == expected, f"a block of {block.nbytes} bytes; {num_pages} pages have {expected}"
+        return np.frombuffer(block, dtype=np.uint8)
 
     def _top_ids(self, logits: Tensor, count: int) -> list[list[int]]:
         num_rows, size = logits.shape

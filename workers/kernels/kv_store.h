@@ -4,12 +4,16 @@
 //
 //     keys    [page_size / 32] panels of [padded_dim / depth] steps by 32 keys
 //     values  [padded_dim / 32] panels of [page_size / depth] steps by 32 dims
+//
+// Pages from num_pages on are those of mapped blocks (see foreign_pages.h): they are read like the store's own, and
+// never written.
 #pragma once
 
 #include <algorithm>
 
 #include "buffer.h"
 #include "element.h"
+#include "foreign_pages.h"
 
 namespace headwater {
 
@@ -31,14 +35,72 @@ class KVStore {
   explicit KVStore(const AttentionShape& shape)
       : shape_(shape),
         half_(long(shape.page_size) * shape.padded_dim()),
-        data_(size_t(shape.num_layers) * shape.num_pages * shape.num_kv_heads * half_ * 2) {
+        data_(size_t(shape.num_layers) * shape.num_pages * shape.num_kv_heads * half_ * 2),
+        foreign_(shape.num_pages, half_ * 2) {
     data_.populate();
   }
 
-  const T* keys(int layer, int page, int head) const { return data_.data() + offset(layer, page, head); }
-  const T* values(int layer, int page, int head) const { return keys(layer, page, head) + half_; }
+  ForeignPages<T>& foreign() { return foreign_; }
 
-  // slot = page * page_size + place in the page
+  // Of one page in a block, all layers and heads together.
+  long page_bytes() const { return long(shape_.num_layers) * shape_.num_kv_heads * long(head_bytes()); }
+
+  // One head of one layer, for whoever reads several of its pages.
+  class Head {
+   public:
+    Head(const KVStore& store, int layer, int head)
+        : own_(store.data_.data() + store.offset(layer, 0, head)),
+          half_(store.half_),
+          num_pages_(store.shape_.num_pages),
+          number_(layer * store.shape_.num_kv_heads + head),
+          foreign_(store.foreign_) {}
+
+    const T* keys(int page) const {
+      if (page < num_pages_) [[likely]]
+        return own_ + page * half_ * 2;
+      return foreign_.at(page, number_);
+    }
+    const T* values_behind(const T* keys) const { return keys + half_; }
+
+   private:
+    const T* own_;  // of the first page
+    long half_;
+    int num_pages_;
+    int number_;
+    const ForeignPages<T>& foreign_;
+  };
+
+  Head head(int layer, int head) const { return Head(*this, layer, head); }
+
+  // Throws if one of the pages is neither the store's nor mapped.
+  void check_readable(const int32_t* pages, long count) const {
+    uint32_t highest = 0;  // of numbers that are no page's, negative ones are the highest
+    for (long i = 0; i < count; i++) highest = std::max(highest, uint32_t(pages[i]));
+    if (highest < uint32_t(shape_.num_pages)) [[likely]]
+      return;
+    for (long i = 0; i < count; i++)
+      if (uint32_t(pages[i]) >= uint32_t(shape_.num_pages) && !foreign_.holds(pages[i]))
+        throw std::out_of_range("page " + std::to_string(pages[i]) + " is neither in the store nor mapped");
+  }
+
+  // Throws if one of the pages is not the store's own.
+  void check_writable(const int32_t* pages, long count) const {
+    check_readable(pages, count);
+    for (long i = 0; i < count; i++)
+      if (pages[i] >= shape_.num_pages)
+        throw std::out_of_range("page " + std::to_string(pages[i]) + " is mapped, and only read");
+  }
+
+  // slot = page * page_size + place in the page. Throws if its page is not the store's own.
+  void check_slot(int64_t slot) const {
+    const int64_t page = slot / shape_.page_size;
+    if (slot >= 0 && page < shape_.num_pages) [[likely]]
+      return;
+    const bool is_mapped = slot >= 0 && page <= INT_MAX && foreign_.holds(int(page));
+    throw std::out_of_range("slot " + std::to_string(slot) +
+                            (is_mapped ? " is in a mapped page, and only read" : " is not in the store"));
+  }
+
   void write_key(int layer, long slot, int head, const T* key) {
     constexpr int depth = Element<T>::kDepth, run = kRunSteps<T>;
     const int place = int(slot % shape_.page_size);
@@ -68,11 +130,13 @@ class KVStore {
   void clear_page_before(int layer, long slot) {
     if (slot % shape_.page_size != 0) return;
     for (int head = 0; head < shape_.num_kv_heads; head++)
-      memset(static_cast<void*>(page(layer, int(slot / shape_.page_size), head)), 0, half_ * 2 * sizeof(T));
+      memset(static_cast<void*>(page(layer, int(slot / shape_.page_size), head)), 0, head_bytes());
   }
 
-  // From one slot to another, whose page has been cleared.
+  // From one slot to another, whose page has been cleared; both of the store's own pages.
   void copy_token(long source, long target) {
+    check_slot(source);
+    check_slot(target);
     constexpr int depth = Element<T>::kDepth;
     for (int layer = 0; layer < shape_.num_layers; layer++)
       for (int head = 0; head < shape_.num_kv_heads; head++)
@@ -84,12 +148,42 @@ class KVStore {
   }
 
   void copy_page(int source, int target) {
+    check_readable(&source, 1);
+    check_writable(&target, 1);
     for (int layer = 0; layer < shape_.num_layers; layer++)
       for (int head = 0; head < shape_.num_kv_heads; head++)
-        memcpy(page(layer, target, head), page(layer, source, head), half_ * 2 * sizeof(T));
+        memcpy(page(layer, target, head), this->head(layer, head).keys(source), head_bytes());
+  }
+
+  // As a block, which may begin anywhere.
+  void export_pages(const int32_t* pages, int count, char* block) const {
+    check_readable(pages, count);
+    for_each_of(pages, count, [&](int layer, int page, int head) {
+      memcpy(block, this->head(layer, head).keys(page), head_bytes());
+      block += head_bytes();
+    });
+  }
+
+  // From a block of `count` pages, which may begin anywhere.
+  void import_pages(const char* block, const int32_t* pages, int count) {
+    check_writable(pages, count);
+    for_each_of(pages, count, [&](int layer, int index, int head) {
+      memcpy(page(layer, index, head), block, head_bytes());
+      block += head_bytes();
+    });
   }
 
  private:
+  size_t head_bytes() const { return half_ * 2 * sizeof(T); }  // of one head in a page
+
+  // In the order of a block.
+  template <class F>
+  void for_each_of(const int32_t* pages, int count, F run) const {
+    for (int layer = 0; layer < shape_.num_layers; layer++)
+      for (int head = 0; head < shape_.num_kv_heads; head++)
+        for (int i = 0; i < count; i++) run(layer, pages[i], head);
+  }
+
   // One element of a key; those of its step follow.
   T* key_at(int layer, long slot, int head, int d) {
     const int place = int(slot % shape_.page_size);
@@ -116,6 +210,7 @@ class KVStore {
   AttentionShape shape_;
   long half_;  // elements of one head's keys in a page
   Buffer<T> data_;
+  ForeignPages<T> foreign_;
 };
 
 }  // namespace headwater

@@ -1,7 +1,7 @@
 // What Python calls, through ctypes (workers/kernels/library.py): objects by pointer, arrays by address.
 //
-// Every function that can fail returns 0 or -1 and leaves the reason for headwater_error(). One variant of the
-// instruction set is compiled into one shared library.
+// Every function that can fail returns -1, or else 0 or what it is asked for, and leaves the reason for
+// headwater_error(). One variant of the instruction set is compiled into one shared library.
 
 #include <exception>
 #include <string>
@@ -42,6 +42,7 @@ class AttentionOf final : public AttentionOnly {
       : shape_(shape), attention_(shape, num_threads), crew_(num_threads, 4) {}
 
   void begin(const Step& step) override {
+    for (int row = 0; row < step.num_rows; row++) attention_.kv().check_slot(step.slots[row]);
     step_ = step;
     attention_.begin(step.segments, step.num_segments, step.positions, step.num_rows);
   }
@@ -109,6 +110,11 @@ class AnyDecoder {
   virtual void set_rope(const float* cos, const float* sin) = 0;
   virtual void copy_page(int source, int target) = 0;
   virtual void copy_token(long source, long target) = 0;
+  virtual long page_bytes() = 0;
+  virtual void export_pages(const int32_t* pages, int count, char* block) = 0;
+  virtual void import_pages(const char* block, const int32_t* pages, int count) = 0;
+  virtual int map_block(const void* block, int num_pages) = 0;
+  virtual void unmap_block(int first) = 0;
   virtual void forward(Step& step) = 0;
   virtual int continue_greedily(Step& step, int num_steps, float least, int* ids, float* probabilities) = 0;
   virtual void rehearse(Step& step, int num_times) = 0;
@@ -127,8 +133,19 @@ class DecoderOf final : public AnyDecoder {
   }
   void set_window(int layer, int window) override { decoder_.set_window(layer, window); }
   void set_rope(const float* cos, const float* sin) override { decoder_.set_rope(cos, sin); }
-  void copy_page(int source, int target) override { decoder_.copy_page(source, target); }
-  void copy_token(long source, long target) override { decoder_.copy_token(source, target); }
+  void copy_page(int source, int target) override { decoder_.kv().copy_page(source, target); }
+  void copy_token(long source, long target) override { decoder_.kv().copy_token(source, target); }
+  long page_bytes() override { return decoder_.kv().page_bytes(); }
+  void export_pages(const int32_t* pages, int count, char* block) override {
+    decoder_.kv().export_pages(pages, count, block);
+  }
+  void import_pages(const char* block, const int32_t* pages, int count) override {
+    decoder_.kv().import_pages(block, pages, count);
+  }
+  int map_block(const void* block, int num_pages) override {
+    return decoder_.kv().foreign().map(static_cast<const T*>(block), num_pages);
+  }
+  void unmap_block(int first) override { decoder_.kv().foreign().unmap(first); }
   void forward(Step& step) override { decoder_.forward(step); }
   int continue_greedily(Step& step, int num_steps, float least, int* ids, float* probabilities) override {
     return headwater::continue_greedily(decoder_, step, shape_.attention.page_size, shape_.vocab_size, num_steps, least,
@@ -178,12 +195,12 @@ int headwater_attention_attend(AttentionOnly* attention, int layer, int window, 
   return guarded([&] { attention->attend(layer, window, query, key, value, out); });
 }
 
-void headwater_attention_copy_page(AttentionOnly* attention, int source, int target) {
-  attention->copy_page(source, target);
+int headwater_attention_copy_page(AttentionOnly* attention, int source, int target) {
+  return guarded([&] { attention->copy_page(source, target); });
 }
 
-void headwater_attention_copy_token(AttentionOnly* attention, long source, long target) {
-  attention->copy_token(source, target);
+int headwater_attention_copy_token(AttentionOnly* attention, long source, long target) {
+  return guarded([&] { attention->copy_token(source, target); });
 }
 
 AnyDecoder* headwater_decoder_new(const DecoderShape* shape, int is_bf16, int num_threads) {
@@ -213,10 +230,33 @@ void headwater_decoder_set_rope(AnyDecoder* decoder, const float* cos, const flo
   decoder->set_rope(cos, sin);
 }
 
-void headwater_decoder_copy_page(AnyDecoder* decoder, int source, int target) { decoder->copy_page(source, target); }
+int headwater_decoder_copy_page(AnyDecoder* decoder, int source, int target) {
+  return guarded([&] { decoder->copy_page(source, target); });
+}
 
-void headwater_decoder_copy_token(AnyDecoder* decoder, long source, long target) {
-  decoder->copy_token(source, target);
+int headwater_decoder_copy_token(AnyDecoder* decoder, long source, long target) {
+  return guarded([&] { decoder->copy_token(source, target); });
+}
+
+long headwater_decoder_page_bytes(AnyDecoder* decoder) { return decoder->page_bytes(); }
+
+int headwater_decoder_export_pages(AnyDecoder* decoder, const int32_t* pages, int count, char* block) {
+  return guarded([&] { decoder->export_pages(pages, count, block); });
+}
+
+int headwater_decoder_import_pages(AnyDecoder* decoder, const char* block, const int32_t* pages, int count) {
+  return guarded([&] { decoder->import_pages(block, pages, count); });
+}
+
+// The number of the block's first page, or -1.
+int headwater_decoder_map_block(AnyDecoder* decoder, const void* block, int num_pages) {
+  int first = 0;
+  const int status = guarded([&] { first = decoder->map_block(block, num_pages); });
+  return status == 0 ? first : status;
+}
+
+int headwater_decoder_unmap_block(AnyDecoder* decoder, int first) {
+  return guarded([&] { decoder->unmap_block(first); });
 }
 
 void headwater_top_ids(const float* logits, int num_rows, int vocab_size, int count, int* ids) {

@@ -71,6 +71,7 @@ class Library:
 
     def __init__(self, path: Path, variant: Variant) -> None:
         self.variant = variant
+        self.build = path.stem  # names the variant and the sources
         try:
             self._functions = ctypes.CDLL(str(path))
         except OSError as error:
@@ -83,16 +84,21 @@ class Library:
         self._declare("headwater_attention_delete", None, c_void_p)
         self._declare("headwater_attention_begin", c_int, c_void_p, POINTER(Step))
         self._declare("headwater_attention_attend", c_int, c_void_p, c_int, c_int, *[c_void_p] * 4)
-        self._declare("headwater_attention_copy_page", None, c_void_p, c_int, c_int)
-        self._declare("headwater_attention_copy_token", None, c_void_p, c_long, c_long)
+        self._declare("headwater_attention_copy_page", c_int, c_void_p, c_int, c_int)
+        self._declare("headwater_attention_copy_token", c_int, c_void_p, c_long, c_long)
         self._declare("headwater_decoder_new", c_void_p, POINTER(DecoderShape), c_int, c_int)
         self._declare("headwater_decoder_delete", None, c_void_p)
         self._declare("headwater_decoder_set_weight", None, c_void_p, c_int, c_int, c_void_p, c_void_p)
         self._declare("headwater_decoder_set_norm", None, c_void_p, c_int, c_int, c_void_p)
         self._declare("headwater_decoder_set_window", None, c_void_p, c_int, c_int)
         self._declare("headwater_decoder_set_rope", None, c_void_p, c_void_p, c_void_p)
-        self._declare("headwater_decoder_copy_page", None, c_void_p, c_int, c_int)
-        self._declare("headwater_decoder_copy_token", None, c_void_p, c_long, c_long)
+        self._declare("headwater_decoder_copy_page", c_int, c_void_p, c_int, c_int)
+        self._declare("headwater_decoder_copy_token", c_int, c_void_p, c_long, c_long)
+        self._declare("headwater_decoder_page_bytes", c_long, c_void_p)
+        self._declare("headwater_decoder_export_pages", c_int, c_void_p, c_void_p, c_int, c_void_p)
+        self._declare("headwater_decoder_import_pages", c_int, c_void_p, c_void_p, c_void_p, c_int)
+        self._declare("headwater_decoder_map_block", c_int, c_void_p, c_void_p, c_int)
+        self._declare("headwater_decoder_unmap_block", c_int, c_void_p, c_int)
         self._declare("headwater_top_ids", None, c_void_p, c_int, c_int, c_int, c_void_p)
         self._declare("headwater_decoder_forward", c_int, c_void_p, POINTER(Step))
         self._declare("headwater_decoder_continue", c_int, c_void_p, POINTER(Step), c_int, c_float, c_void_p, c_void_p)

@@ -2,6 +2,10 @@
 
 A compressed radix tree over whole pages of token ids, one root per cache salt. Tokens are compared as the bytes of
 their int32 ids, a page or a run of pages at a time, so a match costs a few memcmp calls and not a Python loop.
+Every page has a name (protos/blocks.py), by which others can know of it; the tree notes the names that come and go.
+
+Pages may be foreign: those of a block that another worker has made. They stand in nodes of their own and do not count
+as memory of the store.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
-TOKEN_BYTES: Final = 4
+from protos.blocks import TOKEN_BYTES, chain_hashes, root_hash
+from workers.kv.journal import Journal
+
 STALE_ENTRIES: Final = 1024  # out-of-date entries the eviction heap may carry before it is cleaned
 MAX_TAIL_CANDIDATES: Final = 8  # children looked at for a partly shared page
 
@@ -32,9 +38,11 @@ class Node:
     number: int  # no other node of the tree ever has the same
     key: bytes = b""  # the run's tokens, page by page
     pages: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)  # the pages' names, in the same order
     children: dict[bytes, Node] = field(default_factory=dict)  # by the bytes of their first page
     num_locks: int = 0  # sequences that hold this node or one below it
     last_used: int = 0
+    is_foreign: bool = False  # its pages are
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +59,15 @@ class RadixTree:
     """Pages by the tokens they hold. Mutated only by KVCache.
 
     `version` grows whenever a node gains or loses a holder beside others, and whenever a node is cut in two.
+    `num_pages` and `num_unlocked_pages` are the store's own, `num_foreign_pages` the others.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, journal: Journal) -> None:
         self.page_size = page_size
+        self._journal = journal
         self.num_pages = 0
         self.num_unlocked_pages = 0
+        self.num_foreign_pages = 0
         self.version = 0
         self._numbers = count()
         self._page_bytes = page_size * TOKEN_BYTES
@@ -98,23 +109,41 @@ class RadixTree:
         No child of `node` may begin with the first page of `key`: match first.
         """
         assert key[: self._page_bytes] not in node.children
-        if node.parent is not None and not node.children and node.num_locks == 1:
+        hashes = chain_hashes(self._last_hash(node), key, self.page_size)
+        if node.parent is not None and not node.children and node.num_locks == 1 and not node.is_foreign:
             node.key += key
             node.pages += pages
+            node.hashes += hashes
             added = node
         else:
             number = next(self._numbers)
-            added = Node(node.salt, node, number, key, list(pages), num_locks=1, last_used=self._tick())
+            added = Node(node.salt, node, number, key, list(pages), hashes, num_locks=1, last_used=self._tick())
             node.children[key[: self._page_bytes]] = added
         self.num_pages += len(pages)
+        self._journal.store(hashes)
         return added
+
+    def insert_foreign(self, node: Node, key: bytes, pages: list[int]) -> None:
+        """Add foreign pages below a node, as one that nobody holds.
+
+        No child of `node` may begin with the first page of `key`: match first.
+        """
+        first_page = key[: self._page_bytes]
+        assert first_page not in node.children
+        hashes = chain_hashes(self._last_hash(node), key, self.page_size)
+        number, tick = next(self._numbers), self._tick()
+        node.children[first_page] = Node(
+            node.salt, node, number, key, list(pages), hashes, last_used=tick, is_foreign=True
+        )
+        self.num_foreign_pages += len(pages)
+        self._journal.store(hashes)
 
     def lock(self, node: Node, until: Node | None = None) -> None:
         """Protect a node and its ancestors from eviction, up to but not including `until`."""
         tick = self._tick()
         while node is not until and node is not None:
             if node.num_locks == 0:
-                self.num_unlocked_pages -= len(node.pages)
+                self.num_unlocked_pages -= _num_own(node)
             elif node.pages:
                 self.version += 1
             node.num_locks += 1
@@ -130,23 +159,38 @@ class RadixTree:
             current.num_locks -= 1
             current.last_used = tick
             if current.num_locks == 0:
-                self.num_unlocked_pages += len(current.pages)
+                self.num_unlocked_pages += _num_own(current)
                 self._offer(current)
             elif current.pages:
                 self.version += 1
             current = current.parent
 
     def evict(self, count: int) -> list[int]:
-        """Give up at least `count` pages if so many are unlocked, least recently used leaves first, from their ends."""
-        freed: list[int] = []
-        while len(freed) < count and self._evictable:
+        """Give up at least `count` own pages if so many are unlocked, those of leaves used least recently first.
+
+        Foreign pages free no memory of the store: they go only where own ones stand above them, and are not counted.
+        """
+        target, freed = self.num_pages - count, list[int]()
+        while self.num_pages > target:
+            if not self._evictable:
+                lost = self.evict_foreign()
+                if not lost:
+                    break
+                freed += lost
+                continue
             last_used, _, node = heapq.heappop(self._evictable)
             if last_used != node.last_used or not self._is_evictable(node):
                 continue
-            cut = max(0, len(node.pages) - (count - len(freed)))
+            cut = max(0, len(node.pages) - (self.num_pages - target))
             freed += node.pages[cut:]
             self._truncate(node, cut)
         return freed
+
+    def evict_foreign(self) -> list[int]:
+        """Give up the least recently used foreign node that is unlocked, with all below it; empty if there is none."""
+        unlocked = [node for node in self._nodes() if node.is_foreign and node.num_locks == 0]
+        unlocked.reverse()  # of those used last at the same time, the deepest
+        return self._remove_subtree(min(unlocked, key=lambda node: node.last_used)) if unlocked else []
 
     def drop(self, unwanted: set[int]) -> list[int]:
         """Remove these pages and everything below them, none of it locked. Returns the pages removed."""
@@ -166,13 +210,22 @@ class RadixTree:
         for node in self._nodes():
             yield from node.pages
 
+    def hashes(self) -> Iterator[int]:
+        """The name of every page the tree holds, each after that of the page before it."""
+        for node in self._nodes():
+            yield from node.hashes
+
     def check(self) -> None:
         """The invariants of structure, locks and counts."""
-        num_pages = num_unlocked = 0
+        num_pages = num_unlocked = num_foreign = 0
         for node in self._nodes():
-            num_pages += len(node.pages)
-            num_unlocked += len(node.pages) if node.num_locks == 0 else 0
+            num_pages += _num_own(node)
+            num_foreign += len(node.pages) - _num_own(node)
+            num_unlocked += _num_own(node) if node.num_locks == 0 else 0
             assert len(node.key) == len(node.pages) * self._page_bytes
+            assert node.parent is None or node.hashes == chain_hashes(
+                self._last_hash(node.parent), node.key, self.page_size
+            )
             assert node.num_locks >= sum(child.num_locks for child in node.children.values())
             assert node.parent is None or node.pages, "an empty node below a root"
             for first_page, child in node.children.items():
@@ -180,6 +233,7 @@ class RadixTree:
                 assert child.key[: self._page_bytes] == first_page
                 assert child.salt == node.salt
         assert (num_pages, num_unlocked) == (self.num_pages, self.num_unlocked_pages)
+        assert num_foreign == self.num_foreign_pages
 
     def _nodes(self) -> Iterator[Node]:
         stack = list(self._roots.values())
@@ -187,6 +241,10 @@ class RadixTree:
             node = stack.pop()
             yield node
             stack += node.children.values()
+
+    def _last_hash(self, node: Node) -> int:
+        """The name that those of the pages below begin with."""
+        return node.hashes[-1] if node.hashes else root_hash(node.salt, self.page_size)
 
     def _tick(self) -> int:
         self._clock += 1
@@ -212,11 +270,14 @@ class RadixTree:
             number=next(self._numbers),
             key=node.key[:cut],
             pages=node.pages[:num_pages],
+            hashes=node.hashes[:num_pages],
             num_locks=node.num_locks,
             last_used=node.last_used,
+            is_foreign=node.is_foreign,
         )
         node.parent.children[upper.key[: self._page_bytes]] = upper
-        node.key, node.pages, node.parent = node.key[cut:], node.pages[num_pages:], upper
+        node.key, node.pages, node.hashes = node.key[cut:], node.pages[num_pages:], node.hashes[num_pages:]
+        node.parent = upper
         upper.children[node.key[: self._page_bytes]] = node
         return upper
 
@@ -238,7 +299,7 @@ class RadixTree:
     def _offer(self, node: Node) -> None:
         if node.parent is None:
             self._forget_empty_root(node)
-        elif not node.children:
+        elif not node.children and not node.is_foreign:
             heapq.heappush(self._evictable, (node.last_used, id(node), node))
             if len(self._evictable) > STALE_ENTRIES + 2 * self.num_pages:
                 self._drop_stale_entries()
@@ -249,10 +310,14 @@ class RadixTree:
 
     def _truncate(self, node: Node, num_pages: int) -> None:
         removed = len(node.pages) - num_pages
-        self.num_pages -= removed
-        self.num_unlocked_pages -= removed
+        if node.is_foreign:
+            self.num_foreign_pages -= removed
+        else:
+            self.num_pages -= removed
+            self.num_unlocked_pages -= removed
+        self._journal.remove(node.hashes[num_pages:])
         if num_pages:
-            del node.pages[num_pages:]
+            del node.pages[num_pages:], node.hashes[num_pages:]
             node.key = node.key[: num_pages * self._page_bytes]
             self._offer(node)
             return
@@ -275,6 +340,11 @@ class RadixTree:
     def _forget_empty_root(self, root: Node) -> None:
         if not root.children and root.num_locks == 0 and self._roots.get(root.salt) is root:
             del self._roots[root.salt]
+
+
+def _num_own(node: Node) -> int:
+    """Pages of a node that are memory of the store."""
+    return 0 if node.is_foreign else len(node.pages)
 
 
 def _common_tokens(left: bytes, right: bytes) -> int:

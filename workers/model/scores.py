@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from workers.attention.protocol import StepBatch
+from workers.attention.protocol import PageStore, StepBatch
 
 
 class AttentionTimes(NamedTuple):
@@ -35,8 +35,30 @@ class Continuations(NamedTuple):
     probabilities: list[list[tuple[float, ...]]]  # of each token, given those chosen before
 
 
-class Model(Protocol):
+class PageMapper(Protocol):
+    """Uses the pages of blocks where they lie, without a copy: further pages of a store, with numbers above its own.
+
+    They stand in page tables like own ones, and may be copied to own ones. What would write to one, or names one that
+    is gone, raises RuntimeError.
+    """
+
+    def map_pages(self, block: memoryview, num_pages: int) -> int | None:
+        """The number of a block's first page; the others follow. None if there are no so many numbers left in a row.
+
+        The block is held until it is unmapped: what it is a view of can be neither freed nor closed. Nobody may change
+        it meanwhile.
+        """
+
+    def unmap_pages(self, first: int) -> None:
+        """Give back the numbers of the block whose first page this is. No sequence holds one of them any more."""
+
+
+class Model(PageStore, Protocol):
     """Computes a step: a decoder together with its store of keys and values."""
+
+    @property
+    def page_mapper(self) -> PageMapper | None:
+        """None for a store that can only copy blocks."""
 
     def forward(self, batch: StepBatch, *, with_logits: bool, num_top_ids: int = 0) -> Scores:
         """Store every row's keys and values; score the logit rows, and name the most probable tokens of each."""

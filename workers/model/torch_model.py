@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from workers.attention.protocol import AttentionBackend, Segment, StepBatch
+from workers.attention.protocol import PagedAttention, PageLayout, Segment, StepBatch
 from workers.model.decoder import Decoder
 from workers.model.scores import NUM_CHOICES, Continuations, Scores
 
@@ -14,7 +15,7 @@ from workers.model.scores import NUM_CHOICES, Continuations, Scores
 class TorchModel:
     """A decoder and its attention backend. Mutated only by the engine that made it."""
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend, *, page_size: int) -> None:
+    def __init__(self, decoder: Decoder, attention: PagedAttention, *, page_size: int) -> None:
         self._decoder = decoder
         self._attention = attention
         self._page_size = page_size
@@ -44,6 +45,20 @@ class TorchModel:
 
     def copy_token(self, source: int, target: int) -> None:
         self._attention.copy_token(source, target)
+
+    @property
+    def page_layout(self) -> PageLayout:
+        return self._attention.page_layout
+
+    @property
+    def page_mapper(self) -> None:
+        """Keys are gathered from one tensor: a page elsewhere has to be copied into it."""
+
+    def export_pages(self, pages: Sequence[int], out: memoryview) -> None:
+        self._attention.export_pages(pages, out)
+
+    def import_pages(self, block: memoryview, pages: Sequence[int]) -> None:
+        self._attention.import_pages(block, pages)
 
     def _advanced(self, batch: StepBatch, token_ids: torch.Tensor) -> StepBatch:
         """Each row one position on, at the token chosen for it."""

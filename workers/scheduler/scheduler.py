@@ -12,7 +12,7 @@ it is split into the rest. Should that rest be too small, it waits for the next 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from protos.errors import DuplicateRequest, EmptyPrompt, Overloaded, PromptTooLong
@@ -135,8 +135,14 @@ class Scheduler:
             kv_capacity_tokens=cache.num_pages * cache.page_size,
         )
 
-    def check(self) -> None:
-        """The invariants between sequences and pages."""
+    @property
+    def largest_need(self) -> int:
+        """Pages that the longest of all live outputs needs to come to its end."""
+        groups = [sequence for group in self._live.values() for sequence in group]
+        return max((self._cache.pages_for(sequence.max_length) for sequence in groups), default=0)
+
+    def check(self, others: Iterable[PageTable] = ()) -> None:
+        """The invariants between sequences and pages; `others` hold pages too."""
         sequences = [sequence for group in self._live.values() for sequence in group]
         assert sorted(s.arrival for s in sequences) == sorted(s.arrival for s in [*self._waiting, *self._running])
         for sequence in self._waiting:
@@ -146,7 +152,7 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.num_computed < len(sequence.tokens)
             assert len(sequence.table.pages) >= self._cache.pages_for(sequence.num_computed)
-        self._cache.check(s.table for s in sequences)
+        self._cache.check([*(s.table for s in sequences), *others])
 
     # A step
 
@@ -336,7 +342,7 @@ class Scheduler:
     def _chunk_size(self, sequence: Sequence, budget: int) -> int:
         """How many tokens the sequence computes within the budget: all that remain, or whole pages if it can."""
         num_tokens = min(sequence.num_remaining, budget)
-        if sequence.request.sampling.prompt_logprobs is not None:
+        if sequence.scores_prompt:
             unscored = sequence.first_needed_row - sequence.num_computed
             num_tokens = min(num_tokens, max(unscored, PROMPT_LOGPROB_ROWS))
         if num_tokens < sequence.num_remaining:
@@ -348,7 +354,7 @@ class Scheduler:
         start, stop = sequence.num_computed, sequence.num_computed + num_tokens
         self._cache.publish(sequence.table, sequence.tokens, stop, pending=True)
         first, scored = stop, 0
-        if sequence.request.sampling.prompt_logprobs is not None:
+        if sequence.scores_prompt:
             first = max(start, sequence.first_needed_row)
             scored = max(0, min(stop, sequence.num_prompt - 1) - first)
         samples = stop == len(sequence.tokens) and sequence.wants_output
@@ -389,7 +395,7 @@ class Scheduler:
             sequence.prompt_logprobs += scored
         if stop < len(tokens):
             return None
-        cached_tokens = sequence.cached_tokens if stop == sequence.num_prompt else None
+        cached_tokens = sequence.cached_tokens if stop == sequence.num_given else None
         prompt_logprobs: tuple[PositionLogprobs, ...] = ()
         if sequence.prompt_logprobs:
             prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []

@@ -30,16 +30,20 @@ class Sequence:
     was_passed: bool = False  # a step was filled with others for lack of room for its prompt
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)  # not yet delivered
     num_prompt: int = field(init=False)
+    num_given: int = field(init=False)  # tokens it began with: the prompt, and what others had answered
     min_length: int = field(init=False)  # tokens, prompt included, before a stop token may end it
     max_length: int = field(init=False)  # tokens, prompt included
+    scores_prompt: bool = field(init=False)  # one output does for all: they share the prompt
     wants_output: bool = field(init=False)
     wants_logits: bool = field(init=False)  # the largest logit's token alone does not do where one is sampled
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
         self.num_prompt = len(self.request.token_ids)
+        self.num_given = len(self.tokens)
         self.min_length = self.num_prompt + max(1, sampling.min_tokens)
         self.max_length = self.num_prompt + sampling.max_tokens
+        self.scores_prompt = sampling.prompt_logprobs is not None and self.index == 0
         self.wants_output = sampling.max_tokens > 0
         self.wants_logits = sampling.logprobs is not None or not is_plain(sampling)
 
@@ -63,7 +67,7 @@ class Sequence:
         The logits of position p choose the token at p + 1.
         """
         last = len(self.tokens) - 1
-        if self.request.sampling.prompt_logprobs is None:
+        if not self.scores_prompt:
             return last
         first_scored = max(1, self.request.prompt_logprobs_from) + self.num_prompt_scored
         return first_scored - 1 if first_scored < self.num_prompt else last

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 import torch
 
 from protos.errors import ModelError
+from protos.tls import Certificates, PeerTLS
 from protos.v1 import drafting_pb2 as pb
 from workers.attention.planner import Planner
-from workers.config import DrafterConfig, EngineSection, HostedKind, ModelSection, WorkerConfig
+from workers.config import DrafterConfig, EngineSection, HostedKind, KVSection, ModelSection, WorkerConfig
 from workers.engine.models import load_model
 from workers.kv.cache import KVCache
 from workers.model.batch import BatchBuilder
 from workers.model.config import ModelConfig
 from workers.speculative.copying import Copying
 from workers.speculative.draft_model import DraftModel
+from workers.speculative.pool.channel import Channel
 from workers.speculative.pool.client import Pool
+from workers.speculative.pool.lane import Lane
 from workers.speculative.pool.members import PoolAccess
 from workers.speculative.pool.server import DraftServer
 from workers.speculative.protocol import Drafter
@@ -54,17 +58,24 @@ def make_speculator(config: WorkerConfig, *, device: torch.device, access: PoolA
                 )
             )
         elif access is not None:
-            pool = Pool(access.members, target_hello(config.model.path, access.token), deadline_s=section.deadline_s)
+            certificates = Certificates.of_peer(access.tls) if access.tls else None
+            pool = Pool(
+                access.members,
+                target_hello(config.model.path, access.token),
+                deadline_s=section.deadline_s,
+                make_lane=partial(Lane, connect=partial(Channel.connect, certificates=certificates)),
+            )
             drafters.append(pool)
     return Speculator(drafters, max_nodes=section.max_nodes, pool=pool)
 
 
-def make_draft_server(config: DrafterConfig, *, target: Path, token: str) -> DraftServer:
-    """The pool's side: drafters for the model in `target`. Raises ModelError. Takes seconds: not on an event loop."""
+def make_draft_server(config: DrafterConfig, *, target: Path, token: str, tls: PeerTLS | None = None) -> DraftServer:
+    """The pool's side: drafters for the model in `target`. Raises SetupError. Takes seconds: not on an event loop."""
+    certificates = Certificates.of_peer(tls) if tls else None
     torch.set_num_threads(1)  # the kernels have threads of their own
     own = WorkerConfig(
         model=ModelSection(path=config.draft_model or target, dtype=config.dtype),
-        engine=EngineSection(kv=config.kv, kernels=config.kernels),
+        engine=EngineSection(kv=KVSection(**config.kv.model_dump()), kernels=config.kernels),
     )
     device = torch.device("cpu")
     drafters = [_drafter(kind, own, target=target, threads=config.threads, device=device) for kind in config.drafters]
@@ -75,6 +86,7 @@ def make_draft_server(config: DrafterConfig, *, target: Path, token: str) -> Dra
         vocabulary=hello.vocabulary,
         vocab_size=hello.vocab_size,
         max_sequences=config.max_sequences,
+        certificates=certificates,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from protos.errors import DuplicateRequest
-from protos.messages import ModelInfo, ResumePoint
+from protos.messages import ModelInfo, Pin, ResumePoint
 from tests.workers.engine.drive import drain, request, run, step, torch_engine
 from workers.engine.fake import FakeEngine
 from workers.engine.protocol import Engine
@@ -81,6 +81,51 @@ def test_stop_tokens_end_an_output(make: Make) -> None:
     assert stopped.tokens == plain[: plain.index(plain[2]) + 1]
     assert stopped.finish is not None
     assert stopped.finish.stop_token_id == plain[2]
+
+
+def test_changes_of_the_prefix_cache_add_up_to_what_it_holds(make: Make) -> None:
+    engine, told = make(), set[int]()
+    for number in range(3):
+        engine.submit(request(str(number), [*PROMPT, number], max_tokens=40, ignore_eos=True))
+    while engine.load().num_running + engine.load().num_waiting:
+        step(engine, {})
+        stored, removed = engine.take_kv_changes()
+        told = (told - set(removed)) | set(stored)
+        assert told == set(engine.kv_blocks())
+    assert engine.take_kv_changes() == ((), ())
+    assert len(told) == engine.stats().kv_cached_pages
+
+
+def test_pins_leave_requests_alone_and_end_silently(make: Make) -> None:
+    engine = make()
+    engine.pin(Pin("p", "", tuple(PROMPT)))
+    [output] = run(engine, request("a", PROMPT, max_tokens=4, ignore_eos=True)).values()
+    assert len(output.tokens) == 4
+    engine.unpin("p")
+    engine.unpin("p")
+    engine.unpin("unknown")
+    assert not engine.has_work
+    assert engine.load().kv_used_tokens == 0
+
+
+def test_has_work_says_whether_a_step_would_do_anything(make: Make) -> None:
+    engine = make()
+    assert not engine.has_work
+    engine.submit(request("a", PROMPT, max_tokens=2, ignore_eos=True))
+    assert engine.has_work
+    drain(engine)
+    assert not engine.has_work
+
+
+def test_a_prefix_that_is_not_there_is_not_exported(make: Make) -> None:
+    payload = bytearray(b"untouched")
+    assert not make().export_prefix("", PROMPT[:32], memoryview(payload))
+    assert payload == b"untouched"
+
+
+def test_limits_say_what_runs_at_once(make: Make) -> None:
+    limits = make().limits
+    assert limits.step_tokens >= limits.max_running > 0
 
 
 def test_stats_account_for_every_page(make: Make) -> None:

@@ -101,6 +101,24 @@ def test_a_copy_before_anything_is_stored(generic: Library) -> None:
     NativeAttention(generic, KV, dtype=torch.float32, threads=1).copy_page(0, 1)
 
 
+@pytest.mark.parametrize(("slot", "page", "complaint"), [(256, 0, "slot 256 is not"), (0, 8, "page 8 is neither")])
+def test_what_is_not_in_the_store_is_refused(generic: Library, slot: int, page: int, complaint: str) -> None:
+    attention = NativeAttention(generic, KV, dtype=torch.float32, threads=1)
+    attention.begin(batch(range(1), (Segment(0, 1, (page,), 0, 1),), slots=torch.tensor([slot])))
+    with pytest.raises(RuntimeError, match=complaint):
+        attention.attend(0, *inputs(1, torch.float32), window=None)
+
+
+def test_a_page_that_is_not_there_cannot_be_copied(generic: Library) -> None:
+    attention = NativeAttention(generic, KV, dtype=torch.float32, threads=1)
+    attention.begin(batch(range(1), ()))
+    attention.attend(0, *inputs(1, torch.float32), window=None)
+    with pytest.raises(RuntimeError, match="page 8 is neither"):
+        attention.copy_page(0, 8)
+    with pytest.raises(RuntimeError, match="slot 256 is not"):
+        attention.copy_token(256, 0)
+
+
 @DTYPES
 def test_rows_without_keys_get_zeros(library: Library, dtype: torch.dtype) -> None:
     attention = NativeAttention(library, KV, dtype=dtype, threads=2)

@@ -160,6 +160,10 @@ def test_a_resumed_request_continues_where_it_was() -> None:
     toy.add("a", PROMPT, max_tokens=8, resume=(ResumePoint(0, tuple(whole[:3])),))  # type: ignore[arg-type]
     toy.run()
     assert toy.outputs["a", 0] == whole[3:]
+    toy.add("b", PROMPT, max_tokens=8, resume=(ResumePoint(0, tuple(whole[:3])),))  # type: ignore[arg-type]
+    toy.run()
+    cached = [(delta.request_id, delta.cached_tokens) for delta in toy.deltas if delta.cached_tokens is not None]
+    assert cached == [("a", 0), ("b", len(PROMPT))]  # on the first delta, of the prompt alone
 
 
 def test_requests_that_can_never_run_are_refused() -> None:
@@ -220,3 +224,62 @@ def test_any_mix_gives_what_each_request_gives_alone(
             whole = expected(prompt, max_tokens, index)
             assert made == (whole[: len(made)] if str(number) in ended else whole)
     assert toy.cache.num_available == toy.cache.num_pages
+
+
+@given(
+    requests,
+    st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=24), min_size=1, max_size=10),
+    st.integers(9, 20),
+    st.integers(4, 24),
+    st.integers(0, 14),
+)
+@settings(max_examples=200, deadline=None)
+def test_blocks_that_come_in_between_change_nothing(
+    mix: list[tuple[list[int], int, int, int, str, int]],
+    blocks: list[list[int]],
+    num_pages: int,
+    step_tokens: int,
+    num_foreign: int,
+) -> None:
+    toy = Toy(num_pages=num_pages, step_tokens=step_tokens, max_running=4, num_foreign=num_foreign)
+    ended = set()
+    for number, (prompt, max_tokens, n, steps, event, priority) in enumerate(mix):
+        block = (prompt + blocks[number % len(blocks)] if number % 2 else blocks[number % len(blocks)])[:24]
+        toy.adopt(block[: len(block) // 4 * 4])
+        toy.add(str(number), prompt, max_tokens=max_tokens, n=n, priority=priority)
+        for _ in range(steps):
+            toy.step()
+        if event == "fail":
+            ended.update(toy.fail())
+    toy.run()
+    for number, (prompt, max_tokens, n, _, _, _) in enumerate(mix):
+        for index in range(n):
+            made = toy.outputs.get((str(number), index), [])
+            whole = expected(prompt, max_tokens, index)
+            assert made == (whole[: len(made)] if str(number) in ended else whole)
+    assert toy.cache.num_available == toy.cache.num_pages
+
+
+def test_a_block_spares_its_tokens() -> None:
+    toy = Toy(num_pages=8, num_foreign=16)
+    assert toy.adopt(range(16))
+    toy.add("a", [*range(16), 3], max_tokens=3)
+    toy.run()
+    assert toy.outputs["a", 0] == expected([*range(16), 3], 3)
+    assert toy.num_computed == 3
+
+
+def test_a_block_that_leaves_while_its_page_is_to_be_copied_is_read_before_it_goes() -> None:
+    """The plan that copies the beginning of a foreign page also needs memory that only foreign pages keep."""
+    toy = Toy(num_pages=4, num_foreign=8, step_tokens=64)
+    for name, prefix in (("x", [0, 1, 2, 3]), ("y", [7, 7, 7, 7])):
+        toy.add(name, prefix, max_tokens=1)
+        toy.run()
+        assert toy.adopt([*prefix, 4, 5, 6, 7])
+    prompt = [0, 1, 2, 3, 4, 5, *[9] * 7]
+    toy.add("a", prompt, max_tokens=2)
+    plan = toy.step()
+    assert [copy.source for copy in plan.copies] == [5]
+    assert toy.blocks == {}
+    toy.run()
+    assert toy.outputs["a", 0] == expected(prompt, 2)

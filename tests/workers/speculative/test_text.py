@@ -35,6 +35,7 @@ def written(engine: TorchEngine, tokenizer: Tokenizer, requests: Sequence[Reques
 
     metrics = WorkerMetrics(model_name="m", worker_id="w")
     loop = EngineLoop(engine, tokenizer, metrics, deliver=deliver, stall_s=60)
+    loop.open(1)
     for one in requests:
         loop.submit(1, one)
     loop.start()

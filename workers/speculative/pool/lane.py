@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 MAX_BEHIND = 4  # batches without an answer; nothing more is sent to such a drafter until it answers
 RECONNECT_S = 0.5
+GREETING_S = 10.0  # a drafter that has not greeted by then does not speak this protocol, or hangs
 MAX_TOP_IDS = 64  # of each row, whatever a drafter asks for
 
 
@@ -36,6 +37,7 @@ class Lane:
         self._connect = connect
         self._clock = clock
         self._retry_at = 0.0
+        self._greets_by = 0.0
         self._channel: Channel | None = None
         self._is_closed = False
         self._trouble = ""  # as it was logged last
@@ -91,6 +93,13 @@ class Lane:
                 case "refusal":
                     self._complain(f"refuses this worker: {frame.refusal}")
         if not channel.is_open:
+            if channel.trouble:
+                self._complain(channel.trouble)
+            self.lose()
+        elif not self.is_ready and self._clock() > self._greets_by:
+            self._complain(
+                f"has not greeted within {GREETING_S:g} s; perhaps one of the two lacks cluster.tls, or hangs"
+            )
             self.lose()
         return drafts
 
@@ -134,6 +143,7 @@ class Lane:
         except (OSError, ValueError) as error:
             self._complain(f"cannot be reached: {error}")
             return
+        self._greets_by = now + GREETING_S
         self.epoch += 1
         self._channel.send(self._hello)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from protos.tls import PeerTLS
 
 
 class Members:
@@ -27,4 +29,5 @@ class PoolAccess:
     """What a worker needs to use the pool."""
 
     members: Members
-    token: str  # that drafters know, too
+    token: str = field(repr=False)  # that drafters know, too
+    tls: PeerTLS | None = None  # None: plain text

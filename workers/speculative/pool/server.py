@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from protos import convert
 from protos.errors import EngineFailure, SetupError
+from protos.tls import Certificates
 from protos.v1 import drafting_pb2 as pb
 from workers.speculative.fusion import fuse
 from workers.speculative.pool.channel import Channel
@@ -45,6 +46,7 @@ class _Target:
     """One worker's channel. Mutated only by DraftServer."""
 
     number: int
+    host: str
     channel: Channel
     is_known: bool = False  # has shown the token
     sequences: dict[int, Drafted] = field(default_factory=dict)
@@ -56,21 +58,33 @@ class DraftServer:
     """Listens from `start` to `stop`. Everything else happens on its own thread."""
 
     def __init__(
-        self, drafters: Sequence[Drafter], *, token: str, vocabulary: bytes, vocab_size: int, max_sequences: int
+        self,
+        drafters: Sequence[Drafter],
+        *,
+        token: str,
+        vocabulary: bytes,
+        vocab_size: int,
+        max_sequences: int,
+        certificates: Certificates | None = None,
     ) -> None:
-        """`vocabulary`, `vocab_size`: the targets', which the drafters speak; others are refused."""
+        """`vocabulary`, `vocab_size`: the targets', which the drafters speak; others are refused.
+
+        `certificates`: targets must show one of the same authority; None: plain text.
+        """
         self._drafters = drafters
         self._numbers = range(len(drafters))
         self._token = token
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._max_sequences = max_sequences
+        self._certificates = certificates
         self._selector = selectors.DefaultSelector()
         self._targets: dict[int, _Target] = {}
         self._sequences: OrderedDict[Drafted, tuple[_Target, int]] = OrderedDict()  # the latest told last
         self._wanting: dict[Drafted, None] = {}
         self._growing: dict[Drafted, None] = {}
         self._num_targets = itertools.count(1)
+        self._refused: dict[str, str] = {}  # host to what was logged of it last
         self._stopping = False
         self._round_began: float | None = None
         self._failure: str | None = None
@@ -146,13 +160,13 @@ class DraftServer:
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, (host, *_) = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # it has gone again
         strangers = [target for target in self._targets.values() if not target.is_known]
         if len(strangers) >= MAX_STRANGERS:
             self._drop(strangers[0])
-        target = _Target(next(self._num_targets), Channel(connection))
+        target = _Target(next(self._num_targets), host, Channel.accepted(connection, self._certificates))
         self._targets[target.number] = target
         self._selector.register(target.channel, selectors.EVENT_READ, target)
 
@@ -164,6 +178,8 @@ class DraftServer:
         except (ValueError, DecodeError) as error:
             self._refuse(target, f"not a frame of this protocol: {error}")
         if not target.channel.is_open:
+            if target.channel.trouble:
+                self._complain(target, target.channel.trouble)
             self._drop(target)
 
     def _handle(self, target: _Target, frame: pb.TargetFrame) -> None:
@@ -181,6 +197,7 @@ class DraftServer:
             self._refuse(target, "it serves a model with another vocabulary")
         else:
             target.is_known = True
+            self._refused.pop(target.host, None)
             num_top_ids = max(drafter.num_top_ids for drafter in self._drafters)
             self._send(target, pb.DrafterFrame(hello=pb.DrafterHello(num_top_ids=num_top_ids)))
 
@@ -277,9 +294,17 @@ class DraftServer:
             self._drop(target)  # it does not read: it shall come back when it can
 
     def _refuse(self, target: _Target, reason: str) -> None:
-        log.warning("a target is refused: %s", reason)
+        self._complain(target, f"is refused: {reason}")
         target.channel.send(pb.DrafterFrame(refusal=reason).SerializeToString())
         self._drop(target)
+
+    def _complain(self, target: _Target, trouble: str) -> None:
+        if self._refused.get(target.host) == trouble:
+            return  # said once, though it comes again and again
+        log.warning("a target at %s %s", target.host, trouble)
+        if len(self._refused) >= MAX_STRANGERS:
+            self._refused.clear()
+        self._refused[target.host] = trouble
 
     def _drop(self, target: _Target) -> None:
         if self._targets.pop(target.number, None) is None:

@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
+from protos.tls import Certificates
 from protos.v1 import drafting_pb2 as pb
 from workers.speculative.pool.channel import Channel
+from workers.speculative.pool.lane import Lane
 from workers.speculative.protocol import Context, Key, Verified
 from workers.speculative.tree import ROOT, DraftTree
 
@@ -48,6 +51,11 @@ def chain(*tokens: int, probability: float = 0.5) -> DraftTree:
     return DraftTree.chain(tokens, [probability] * len(tokens))
 
 
+def lanes(certificates: Certificates | None) -> Callable[..., Lane]:
+    """How a pool makes lanes that show these."""
+    return partial(Lane, connect=partial(Channel.connect, certificates=certificates))
+
+
 Reply = Callable[[pb.DraftBatch], pb.DraftFrame | None]
 
 
@@ -64,8 +72,16 @@ def nothing(batch: pb.DraftBatch) -> pb.DraftFrame | None:
 class ScriptedDrafter:
     """A drafter's end: greets, keeps what it is told, and answers each batch as `reply` says. Use with `with`."""
 
-    def __init__(self, reply: Reply = nothing, *, num_top_ids: int = 0, refusal: str = "") -> None:
+    def __init__(
+        self,
+        reply: Reply = nothing,
+        *,
+        num_top_ids: int = 0,
+        refusal: str = "",
+        certificates: Certificates | None = None,
+    ) -> None:
         self.reply = reply
+        self._certificates = certificates
         self.hellos: list[pb.TargetHello] = []
         self.batches: list[pb.DraftBatch] = []
         self.num_connections = 0
@@ -115,7 +131,7 @@ class ScriptedDrafter:
                 pass
             else:
                 with self._lock:
-                    self._channels.append(Channel(connection))
+                    self._channels.append(Channel.accepted(connection, self._certificates))
                     self.num_connections += 1
             with self._lock:
                 for channel in self._channels:
@@ -145,8 +161,8 @@ class ScriptedDrafter:
 class ScriptedTarget:
     """A target's end. Used from the test's thread."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = Channel.connect(address)
+    def __init__(self, address: str, certificates: Certificates | None = None) -> None:
+        self.channel = Channel.connect(address, certificates)
         self.frames: list[pb.DrafterFrame] = []
         self._num_batches = 0
 
@@ -189,8 +205,10 @@ class ScriptedTarget:
 
 
 @contextmanager
-def target_of(address: str, *, greets: bool = True) -> Iterator[ScriptedTarget]:
-    target = ScriptedTarget(address)
+def target_of(
+    address: str, *, greets: bool = True, certificates: Certificates | None = None
+) -> Iterator[ScriptedTarget]:
+    target = ScriptedTarget(address, certificates)
     try:
         if greets:
             target.greet()

@@ -14,6 +14,7 @@ import pytest
 
 from protos import convert
 from protos.messages import Sampling
+from protos.tls import Certificates
 from protos.v1 import drafting_pb2 as pb
 from tests.workers.speculative.pool.ends import (
     PATIENCE_S,
@@ -23,6 +24,7 @@ from tests.workers.speculative.pool.ends import (
     chain,
     draft,
     hello,
+    lanes,
     nothing,
     silent,
     until,
@@ -37,6 +39,7 @@ from workers.speculative.tree import MAX_NODES, ROOT, DraftTree
 
 Run = Callable[..., ScriptedDrafter]
 MAX = 8  # nodes asked for
+IN_PLAIN_TEXT = pytest.mark.parametrize("secrecy", [None])
 
 
 class Told:
@@ -73,10 +76,10 @@ class Told:
 
 
 @pytest.fixture
-def run() -> Iterator[Run]:
+def run(secrecy: Certificates | None) -> Iterator[Run]:
     """Starts a drafter that ends with the test."""
     with ExitStack() as exits:
-        yield lambda *args, **kwargs: exits.enter_context(ScriptedDrafter(*args, **kwargs))
+        yield lambda *args, **kwargs: exits.enter_context(ScriptedDrafter(*args, certificates=secrecy, **kwargs))
 
 
 @pytest.fixture(autouse=True)
@@ -85,13 +88,13 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[..., Pool]]:
+def connect(secrecy: Certificates | None) -> Iterator[Callable[..., Pool]]:
     """A pool of these drafters, which have greeted it."""
     with ExitStack() as exits:
 
         def connected(*drafters: ScriptedDrafter, deadline_s: float = 0.002, **fields: object) -> Pool:
             members = Members({str(number): drafter.address for number, drafter in enumerate(drafters)})
-            pool = Pool(members, hello(), deadline_s=deadline_s, **fields)  # type: ignore[arg-type]
+            pool = Pool(members, hello(), deadline_s=deadline_s, make_lane=lanes(secrecy), **fields)  # type: ignore[arg-type]
             exits.callback(pool.close)
             await_drafters(pool, len(drafters))
             return pool
@@ -490,6 +493,7 @@ def test_forgetting_and_learning_without_drafters_do_nothing(run: Run, connect: 
     assert told.propose() == DraftTree()
 
 
+@IN_PLAIN_TEXT
 def test_drafters_that_are_no_members_any_more_are_left(run: Run) -> None:
     first, second = run(), run()
     members = Members()
@@ -510,6 +514,7 @@ def test_drafters_that_are_no_members_any_more_are_left(run: Run) -> None:
         assert first.num_connections == second.num_connections == 1
 
 
+@IN_PLAIN_TEXT
 def test_nobody_answers(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     with ScriptedDrafter() as gone:
         pass
@@ -522,6 +527,7 @@ def test_nobody_answers(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     assert sum("cannot be reached" in record.message for record in caplog.records) <= 3
 
 
+@IN_PLAIN_TEXT
 def test_a_drafter_that_refuses_is_logged_once_and_tried_again(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     drafter = run(refusal="another vocabulary")
     with contextlib.closing(Pool(Members({"0": drafter.address}), hello(), deadline_s=0.002)) as pool:

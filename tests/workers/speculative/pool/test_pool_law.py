@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from protos.messages import Request, ResumePoint
+from protos.tls import Certificates
 from protos.v1 import drafting_pb2 as pb
 from tests.workers.engine.drive import Outputs, drain, run, step, torch_engine
 from tests.workers.speculative.oracle import Always, Oracle, truth_of
-from tests.workers.speculative.pool.ends import PATIENCE_S, TOKEN, ScriptedDrafter, until
+from tests.workers.speculative.pool.ends import PATIENCE_S, TOKEN, ScriptedDrafter, lanes, until
 from tests.workers.speculative.pool.process import Spawned
 from tests.workers.speculative.test_law import (
     CASES,
@@ -43,6 +44,7 @@ from workers.speculative.recycling import Recycling
 from workers.speculative.speculator import Speculator
 from workers.speculative.tree import MAX_NODES, DraftTree
 
+PLAIN_AND_TLS = pytest.mark.parametrize("rig", ["plain", "tls"], indirect=True)
 DEPTH = 3  # of an oracle's drafts: few enough tokens for them to be gone on from
 
 
@@ -109,6 +111,7 @@ class Rig:
 
     exits: ExitStack
     hello: pb.TargetHello
+    certificates: Certificates | None = None
 
     def serve(self, *drafters: Drafter, max_sequences: int = 64) -> tuple[DraftServer, str]:
         server = DraftServer(
@@ -117,6 +120,7 @@ class Rig:
             vocabulary=self.hello.vocabulary,
             vocab_size=self.hello.vocab_size,
             max_sequences=max_sequences,
+            certificates=self.certificates,
         )
         address = server.start("127.0.0.1")
         self.exits.callback(server.stop)
@@ -126,7 +130,7 @@ class Rig:
         self, engine: TorchEngine, members: Members, *, is_patient: bool = True, deadline_s: float = 0.002
     ) -> Pool:
         """The engine's only drafter, which is asked in every step and believed."""
-        pool = Pool(members, self.hello, deadline_s=deadline_s)
+        pool = Pool(members, self.hello, deadline_s=deadline_s, make_lane=lanes(self.certificates))
         self.exits.callback(pool.close)
         drafters: list[Drafter] = [Patient(pool) if is_patient else pool]
         controller = Always(1, max_nodes=MAX_NODES)
@@ -145,9 +149,11 @@ def await_drafters(pool: Pool, count: int) -> None:
 
 
 @pytest.fixture
-def rig(target_dir: Path) -> Iterator[Rig]:
+def rig(request: pytest.FixtureRequest, target_dir: Path, certificates: Certificates) -> Iterator[Rig]:
+    """In plain text, but for tests that are marked PLAIN_AND_TLS."""
+    is_tls = getattr(request, "param", "plain") == "tls"
     with ExitStack() as exits:
-        yield Rig(exits, target_hello(target_dir, TOKEN))
+        yield Rig(exits, target_hello(target_dir, TOKEN), certificates if is_tls else None)
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +232,7 @@ def test_a_context_may_be_filled_to_the_last_token(rig: Rig, target_dir: Path) -
     expect_kept(pool, server)
 
 
+@PLAIN_AND_TLS
 def test_outputs_survive_preemption(rig: Rig, target_dir: Path) -> None:
     requests = asked(max_tokens=40, temperature=[0.0, 1.0, 0.0, 1.0], ignore_eos=True, logprobs=1)
     expected = run(torch_engine(target_dir, num_pages=7), *requests)
@@ -238,6 +245,7 @@ def test_outputs_survive_preemption(rig: Rig, target_dir: Path) -> None:
     expect_kept(pool, server)
 
 
+@PLAIN_AND_TLS
 def test_outputs_cancelled_between_steps_leave_the_others_as_they_are(rig: Rig, target_dir: Path) -> None:
     requests = asked(n=2, temperature=1.0, max_tokens=40, ignore_eos=True)
     expected = run(torch_engine(target_dir), *requests)
@@ -366,6 +374,7 @@ def test_whatever_comes_over_the_channel_changes_nothing(
 # Whenever it comes
 
 
+@PLAIN_AND_TLS
 @pytest.mark.parametrize("kind", ["chain-right", "chain-wrong"])
 def test_drafts_that_come_too_late_cost_one_wait_at_a_time(rig: Rig, target_dir: Path, kind: str) -> None:
     """Of right ones, the end still counts."""
@@ -395,6 +404,7 @@ def test_drafts_that_come_too_late_cost_one_wait_at_a_time(rig: Rig, target_dir:
     assert server.stats.num_batches < num_steps
 
 
+@PLAIN_AND_TLS
 def test_sequences_that_push_each_other_out_are_opened_again_and_again(rig: Rig, target_dir: Path) -> None:
     requests = asked(temperature=[0.0, 1.0, 0.0, 0.8], logprobs=1)
     expected = run(torch_engine(target_dir), *requests)
@@ -406,6 +416,7 @@ def test_sequences_that_push_each_other_out_are_opened_again_and_again(rig: Rig,
     expect_kept(pool, server)
 
 
+@PLAIN_AND_TLS
 def test_a_drafter_may_end_and_another_begin(rig: Rig, target_dir: Path) -> None:
     requests = asked(max_tokens=48, temperature=[0.0, 1.0, 0.0, 0.8], logprobs=1, ignore_eos=True)
     expected = run(torch_engine(target_dir), *requests)

@@ -105,15 +105,6 @@ async def test_attempts_are_bounded(serve: Serve) -> None:
     assert len(service.calls) == 3
 
 
-async def test_nothing_is_repeated_after_the_first_message(serve: Serve) -> None:
-    service, client = await serve([FIRST, errors.WorkerLost("gone")], [FIRST, LAST])
-    events = client.generate("p")
-    assert (await anext(events)).outputs[0].text == "a"
-    with pytest.raises(errors.WorkerLost):
-        await anext(events)
-    assert len(service.calls) == 1
-
-
 @pytest.mark.parametrize("error", [errors.PromptTooLong("x"), errors.EngineFailure("x"), errors.DuplicateRequest("x")])
 async def test_other_errors_are_not_repeated(serve: Serve, error: errors.HeadwaterError) -> None:
     service, client = await serve([error])
