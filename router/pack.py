@@ -69,7 +69,7 @@ class Pack:
         for index, part in enumerate(self._parts):
             left = [submit for submit in part.submits if submit.request_id != request_id]
             if len(left) < len(part.submits):
-                self._parts[index] = _Part(left, part.num_tokens, part.family)
+                self._parts[index : index + 1] = [_Part(left, part.num_tokens, part.family)] if left else []
                 return True
         return False
 

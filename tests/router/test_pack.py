@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from protos.v1 import session_pb2 as session_pb
 from router.config import DispatchSection, RouterConfig, SessionsSection
 from router.group import Group
+from router.metrics import RouterMetrics
+from router.pack import Pack
 from tests.router.conftest import Cluster, until
 from tests.router.offline import OfflineRouter, OfflineSession, whole
 from tests.router.scripted_worker import hang
@@ -163,3 +166,15 @@ async def test_siblings_share_a_frame_over_the_wire(start_cluster: Start) -> Non
     for request_id in ("first", "0", "1", "2", "0x", "1x", "2x"):
         await client.abort(request_id)
     await asyncio.gather(*tasks)
+
+
+async def test_what_is_dropped_counts_no_more() -> None:
+    """Else a worker with nothing else to compute would be taken for idle, or the rest for a full budget."""
+    pack = Pack(1.0, lambda: None, RouterMetrics().packs)
+    for name, num_tokens in (("a", 5), ("b", 7)):
+        pack.add([session_pb.Submit(request_id=name)], num_tokens=num_tokens, family=0, budget=100)
+    assert pack.drop("a")
+    assert pack.num_tokens == 7
+    assert not pack.drop("a")
+    pack.release()
+    assert [submit.request_id for submit in pack.take()] == ["b"]
