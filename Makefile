@@ -3,26 +3,37 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
+TOOLS ?= $(VENV)
 PROTOS := $(wildcard protos/v1/*.proto)
 STUBS := $(PROTOS:.proto=_pb2.py)
 CONFIG ?= deploy/config/laptop.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto serve test soak check bench clean
+.PHONY: help setup setup-vllm proto serve serve-vllm test test-vllm soak check bench clean
 
 help: ## List the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed $(STUBS) ## Make the virtual environment and generate the gRPC code; quick when nothing changed
+
+setup-vllm: $(VLLM)/.installed ## The same with vLLM for CPUs, in an environment of its own (.venv-vllm)
+	@$(MAKE) --no-print-directory proto TOOLS=$(VLLM)
 
 proto: $(STUBS) ## Generate the gRPC code from protos/v1/*.proto
 
 serve: setup ## Run a whole cluster on this machine (CONFIG=a.yaml ARGS="--set a.b=c")
 	$(BIN)/headwater serve --config $(CONFIG) $(ARGS)
 
+serve-vllm: setup-vllm ## Run a cluster whose engines are vLLM's, on the CPU
+	$(VLLM)/bin/headwater serve --config deploy/config/laptop-vllm.yaml $(ARGS)
+
 test: setup ## Run the tests, without the long ones
 	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-vllm: setup-vllm ## Run the tests of the vLLM engine
+	$(VLLM)/bin/pytest tests/vllm $(ARGS)
 
 soak: setup ## Run the long tests
 	$(BIN)/pytest -m slow $(ARGS)
@@ -38,7 +49,7 @@ bench: setup ## Measure a cluster that `make serve` runs in another terminal
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## Remove everything that the other commands made
-	rm -rf $(VENV) node_modules build .headwater *.egg-info .*_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) node_modules build .headwater *.egg-info .*_cache .hypothesis .import_linter_cache
 	rm -f protos/v1/*_pb2*.py protos/v1/*_pb2*.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -50,8 +61,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-protos/v1/%_pb2.py: protos/v1/%.proto $(VENV)/.installed
-	PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $<
+# Every package is named, so that nothing is resolved and nothing drawn in: torchvision, torchaudio and torchcodec, which vLLM
+# asks for, have no CPU build for this torch on every index, and another build of them breaks it.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: install Python 3.11, or name another with 'make $(MAKECMDGOALS) PYTHON=/path/to/python' (3.11 or 3.12)"; exit 2; }
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch==2.13.0+cpu || { echo "vLLM needs the CPU build of torch: give pip an index that has it (PIP_EXTRA_INDEX_URL)"; exit 2; }
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+protos/v1/%_pb2.py: protos/v1/%.proto $(TOOLS)/.installed
+	PATH="$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $<
 	@touch $@
 
 node_modules/.installed: package.json package-lock.json

@@ -3,6 +3,7 @@
     python -m benchmarks.routing                                  # prefix against least_loaded, 10 to 12 minutes
     python -m benchmarks.routing --quick                          # about two minutes; not for quoting
     python -m benchmarks.routing --policies all --cases uniform   # every policy, one case
+    python -m benchmarks.routing --engine vllm --cases uniform --clients 16,64 --seconds 15   # in .venv-vllm
     python -m benchmarks.routing --policies prefix,again --cases nothing-shared --clients 64 --seconds 15 --rounds 5
 
 Each policy has a `headwater serve` of its own: three workers with the shipped model in bfloat16, one engine thread
@@ -66,7 +67,7 @@ LENGTHS: Final = Lengths(context=1400, query=48, output=32)
 QUICK_LENGTHS: Final = Lengths(context=350, query=24, output=16)
 PAGE_SIZE: Final = 32
 MAX_QUEUED: Final = 64
-START_TIMEOUT_S: Final = 240.0
+START_TIMEOUT_S: Final = 400.0
 REQUEST_TIMEOUT_S: Final = 120.0
 MOST_PER_S: Final = 250  # no cluster here answers more, so clients never run out of requests
 FEWEST_REQUESTS: Final = 24  # of an open loop, however slow: percentiles need some
@@ -243,8 +244,8 @@ async def observe(args: argparse.Namespace, options: Options) -> Report:
 async def _start(stack: AsyncExitStack, policy: str, settings: Mapping[str, object]) -> Target:
     print(f"starting a cluster for {policy}", file=sys.stderr)
     of_policy = {**settings, "router.routing.policy": BASELINE if policy == AGAIN else policy}
-    address = await stack.enter_async_context(serving(of_policy, timeout_s=START_TIMEOUT_S))
-    target = Target(Access(address, START_TIMEOUT_S, REQUEST_TIMEOUT_S))
+    served = await stack.enter_async_context(serving(of_policy, timeout_s=START_TIMEOUT_S))
+    target = Target(Access(served.address, START_TIMEOUT_S, REQUEST_TIMEOUT_S))
     await target.connect()
     stack.push_async_callback(target.close)
     return target
@@ -270,6 +271,7 @@ def _settings(args: argparse.Namespace, lengths: Lengths) -> Mapping[str, object
         "worker.engine.kv.page_size": PAGE_SIZE,
         "worker.engine.kv.exchange.mode": args.exchange,
         "worker.engine.kv.num_pages": num_pages(args.tenants, args.kv_share, lengths),
+        **({"worker.engine.kind": "vllm", "worker.engine.vllm.enforce_eager": "true"} if args.engine == "vllm" else {}),
     }
 
 
@@ -306,6 +308,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tenants", type=positive, default=60, help="contexts (default 60)")
     made.add_argument("--kv-share", type=float, default=0.5, help="of all contexts, in one worker (default 0.5)")
     made.add_argument("--exchange", choices=("off", "auto"), default="off", help="of prefixes between workers")
+    made.add_argument("--engine", choices=("torch", "vllm"), default="torch", help="of the workers; vllm: not compiled")
     made.add_argument("--prompts", choices=("code", "tokens"), default="code", help="real text, or random token ids")
     add_options(made, rounds=3)
     made.set_defaults(warmup_rounds=0)  # the search for the saturation is the warm-up

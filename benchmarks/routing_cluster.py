@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Final
@@ -28,20 +30,31 @@ class ClusterFailedError(Exception):
     """A cluster ended or took too long to start."""
 
 
-@asynccontextmanager
-async def serving(settings: Mapping[str, object], *, timeout_s: float) -> AsyncIterator[str]:
-    """A cluster on free ports; gives its gRPC address. When left, its processes and files are gone.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running cluster: where its first router listens, and the process that everything of it is below."""
 
-    `settings`: keys of the configuration with their values. Raises ClusterFailedError with what the cluster said.
+    address: str
+    pid: int
+
+
+@asynccontextmanager
+async def serving(
+    settings: Mapping[str, object], *, timeout_s: float, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[Served]:
+    """A cluster on free ports. When left, its processes and files are gone.
+
+    `settings`: keys of the configuration with their values; `variables` of its environment go before this process's.
+    Raises ClusterFailedError with what the cluster said.
     """
     with TemporaryDirectory(prefix="hwb-", dir=SHORT_FOLDER, ignore_cleanup_errors=True) as folder:
         output = Path(folder) / "output"
         with output.open("wb") as file:
-            process = await _launch({**settings, **_private(Path(folder))}, file)
+            process = await _launch({**settings, **_private(Path(folder))}, file, variables or {})
         try:
-            yield await _address(process, output, timeout_s)
+            yield Served(await _address(process, output, timeout_s), process.pid)
         finally:
-            await _end(process)
+            await end(process)
 
 
 def _private(folder: Path) -> Mapping[str, object]:
@@ -55,7 +68,9 @@ def _private(folder: Path) -> Mapping[str, object]:
     }
 
 
-async def _launch(settings: Mapping[str, object], output: IO[bytes]) -> asyncio.subprocess.Process:
+async def _launch(
+    settings: Mapping[str, object], output: IO[bytes], variables: Mapping[str, str]
+) -> asyncio.subprocess.Process:
     """In a session of its own: a Ctrl-C in the terminal is for the benchmark, which then ends its clusters."""
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return await asyncio.create_subprocess_exec(
@@ -64,6 +79,7 @@ async def _launch(settings: Mapping[str, object], output: IO[bytes]) -> asyncio.
         stdout=output,
         stderr=asyncio.subprocess.STDOUT,
         cwd=ROOT,
+        env={**os.environ, **variables},
         start_new_session=True,
     )
 
@@ -72,9 +88,9 @@ async def _address(process: asyncio.subprocess.Process, output: Path, timeout_s:
     ends_s = time.perf_counter() + timeout_s
     while (found := _read_address(output)) is None:
         if process.returncode is not None:
-            raise ClusterFailedError(f"`headwater serve` ended with {process.returncode}: {_last_words(output)}")
+            raise ClusterFailedError(f"`headwater serve` ended with {process.returncode}: {last_words(output)}")
         if time.perf_counter() > ends_s:
-            raise ClusterFailedError(f"`headwater serve` was not ready after {timeout_s:g} s: {_last_words(output)}")
+            raise ClusterFailedError(f"`headwater serve` was not ready after {timeout_s:g} s: {last_words(output)}")
         await asyncio.sleep(POLL_S)
     return found
 
@@ -89,11 +105,12 @@ def printed_address(output: str) -> str | None:
     return found and found.group(1)
 
 
-def _last_words(output: Path) -> str:
+def last_words(output: Path) -> str:
+    """What a process has printed at the end."""
     return "\n".join(output.read_text().splitlines()[-LAST_LINES:])
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def end(process: asyncio.subprocess.Process) -> None:
     """As Ctrl-C does; by force what is left of it after a minute."""
     if process.returncode is not None:
         return

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from cluster.commands.bench import ITS_OWN_OPTIONS, bench
+from cluster.commands.doctor import doctor
 from cluster.commands.generate import generate
 from cluster.commands.inspect import models, score, tokenize
 from cluster.commands.key import api_key
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, generate, score, tokenize, models, topology, explain, drain, pin, api_key):
+for command in (serve, doctor, generate, score, tokenize, models, topology, explain, drain, pin, api_key):
     app.command()(command)
 app.command(context_settings=ITS_OWN_OPTIONS)(bench)
 

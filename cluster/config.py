@@ -266,7 +266,9 @@ def _with_files_found(config: HeadwaterConfig) -> HeadwaterConfig:
     model = worker.model.model_copy(update={"path": _found(worker.model.path)})
     speculation = worker.engine.speculation
     speculation = speculation.model_copy(update={"draft_model": _found(speculation.draft_model)})
-    engine = worker.engine.model_copy(update={"speculation": speculation})
+    vllm = worker.engine.vllm
+    vllm = vllm.model_copy(update={"lora": vllm.lora and vllm.lora.absolute()})
+    engine = worker.engine.model_copy(update={"speculation": speculation, "vllm": vllm})
     return config.model_copy(
         update={
             "router": config.router.model_copy(update={"tenants": tenants}),

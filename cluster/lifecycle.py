@@ -30,6 +30,7 @@ from router.deployment import RouterStatus
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+PATIENCE_S = 10.0  # of somebody who watches a start, between two signs of life
 CALL_TIMEOUT_S = 5.0
 STOP_MARGIN_S = 10.0  # Serve's own part of a stop, after the drain
 KILL_TIMEOUT_S = 5.0
@@ -196,7 +197,8 @@ class Cluster:
 
     def _wait_ready(self) -> None:
         """Poll until everybody has found everybody. Raises SetupError with the replica's own words when one fails."""
-        deadline = time.monotonic() + self._config.cluster.ready_timeout_s
+        began = time.monotonic()
+        deadline, told = began + self._config.cluster.ready_timeout_s, began
         routers: dict[str, RouterStatus] = {}
         while len(routers) < self._config.cluster.num_routers:
             self._check_interrupted()
@@ -207,9 +209,18 @@ class Cluster:
                 _raise_failure(application)
                 self._follow(application)
                 routers |= self._connected_routers(application)
+            if time.monotonic() > told + PATIENCE_S:
+                told += PATIENCE_S
+                self._report_waiting(told - began)
             time.sleep(POLL_S)
         self.endpoints = tuple(Endpoints(status.grpc, status.metrics) for status in routers.values())
         self._report("Ready")
+
+    def _report_waiting(self, seconds: float) -> None:
+        """That nothing is wrong, where somebody waits for long."""
+        if self._stage == "workers" and max(self._num_ready, 0) < (wanted := self._config.cluster.min_workers):
+            reason = "; vLLM takes half a minute or more" if self._config.worker.engine.kind == "vllm" else ""
+            self._report(f"After {seconds:.0f} s: {max(self._num_ready, 0)} of {wanted} workers ready{reason}")
 
     def _follow(self, application: ApplicationStatusOverview) -> None:
         if self._stage == "router" and _num_running(application, ROUTER_NAME):

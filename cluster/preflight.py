@@ -1,4 +1,4 @@
-"""What can be known to be wrong before Ray is started: model, certificates and ports. Takes milliseconds."""
+"""What can be known to be wrong before Ray is started: versions, model, certificates and ports. Takes milliseconds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import socket
 
 from cluster.certificates import check_certificates
 from cluster.config import HeadwaterConfig
-from protos.errors import ConfigError, SetupError
-from workers.model.directory import check_directory
+from cluster.machine import import_error
+from protos.errors import ConfigError, ModelError, SetupError
+from workers.model.config import ModelConfig
+from workers.model.directory import check_directory, check_foreign_directory
+from workers.versions import COMPANIONS, Distributions, Installed, is_suspect, require_vllm
 
 
 def check(config: HeadwaterConfig) -> None:
     """Raises SetupError with the first thing that would keep a cluster on this machine from starting."""
-    check_directory(config.worker.model.path)
+    if config.worker.engine.kind == "vllm" and config.cluster.ray.is_local:
+        check_vllm()
+    check_model(config)
     check_certificates(config)
     if not config.cluster.ray.is_local:
         return
@@ -24,6 +29,33 @@ def check(config: HeadwaterConfig) -> None:
         )
     _check_port("router.grpc", config.router.grpc.host, config.router.grpc.port)
     _check_port("router.metrics", config.router.metrics.host, config.router.metrics.port)
+
+
+def check_model(config: HeadwaterConfig) -> ModelConfig | None:
+    """The served model's config; None where only vLLM can read it. Raises ModelError for what cannot be loaded."""
+    path = config.worker.model.path
+    if config.worker.engine.kind != "vllm":
+        return check_directory(path)
+    check_foreign_directory(path)
+    try:
+        return ModelConfig.from_directory(path)
+    except ModelError:  # of no family that this program knows
+        return None
+
+
+def check_vllm(installed: Distributions | None = None) -> None:
+    """Return if vLLM can start with what is installed here. Takes seconds only where a companion looks unfit.
+
+    Raises SetupError with the mismatch and its remedy.
+    """
+    found = installed or Installed()
+    require_vllm(found)
+    for name in COMPANIONS:
+        if is_suspect(found, name) and (error := import_error(name)):
+            raise SetupError(
+                f"{name} {found.version(name)} cannot be imported beside torch {found.version('torch')} ({error}), and "
+                f"vLLM would try; pip uninstall -y {name}"
+            )
 
 
 def _check_port(key: str, host: str, port: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 HostedKind = Literal["copy", "recycle", "model"]  # drafters that can run in a process of their own, too
 DrafterKind = Literal["copy", "recycle", "model", "pool"]
+VLLM_DRAFTERS: Final = ("copy", "pool")
 
 
 class Section(BaseModel):
@@ -148,10 +149,28 @@ class SpeculationSection(Section):
         return self
 
 
+class VllmSection(Section):
+    """The vLLM engine (kind: vllm), with what only it can do: docs/engines.md."""
+
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that one worker's model is split over.")
+    enforce_eager: bool = Field(default=False, description="Do not compile the model: starts sooner, computes slower.")
+    quantization: str | None = Field(default=None, description="How weights are quantised; empty: as the model says.")
+    lora: Path | None = Field(default=None, description="The directory of a LoRA adapter that every request uses.")
+    attention: Literal["vllm", "shared"] = Field(
+        default="vllm", description="shared: attention to shared prefixes is computed once for all (CPU)."
+    )
+    start_timeout_s: float = Field(default=600.0, gt=0, description="Longest wait for vLLM to be ready, seconds.")
+    args: dict[str, Any] = Field(
+        default={}, description="More of vLLM's engine arguments, by its names; not those that Headwater sets."
+    )
+
+
 class EngineSection(Section):
     """What computes the tokens."""
 
-    kind: Literal["torch", "fake"] = Field(default="torch", description="`fake` computes nothing: for tests.")
+    kind: Literal["torch", "vllm", "fake"] = Field(
+        default="torch", description="vllm: any model vLLM knows (docs/engines.md); fake computes nothing: for tests."
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; empty: this worker's share of the cores.")
     niceness: int = Field(
         default=10,
@@ -165,6 +184,17 @@ class EngineSection(Section):
     speculation: SpeculationSection = SpeculationSection()
     kv: KVSection = KVSection()
     scheduler: SchedulerSection = SchedulerSection()
+    vllm: VllmSection = VllmSection()
+
+    @model_validator(mode="after")
+    def _vllm_can_draft(self) -> EngineSection:
+        unfit = [kind for kind in self.speculation.drafters if kind not in VLLM_DRAFTERS]
+        if self.kind == "vllm" and unfit:
+            raise ValueError(
+                f"speculation.drafters has {', '.join(unfit)}, which cannot draft for kind vllm; "
+                f"choose from {', '.join(VLLM_DRAFTERS)}"
+            )
+        return self
 
 
 class SessionSection(Section):

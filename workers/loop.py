@@ -37,6 +37,7 @@ ENDED_DEADLINES = 1024  # deadlines of ended requests kept before they are clear
 PROMPT_TOKENS = 128  # a step of so many tokens, and of so many for each output, tells how fast prompts are computed
 PROMPT_TOKENS_PER_OUTPUT = 4
 RATE_LEARNING = 0.2
+NOTHING = StepResult()
 
 
 class Frame(NamedTuple):
@@ -261,6 +262,7 @@ class EngineLoop:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        self._engine.wake()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
@@ -268,6 +270,7 @@ class EngineLoop:
         with self._wake:
             self._inbox.append(command)
             self._wake.notify()
+        self._engine.wake()
 
     # On the engine thread
 
@@ -422,6 +425,8 @@ class EngineLoop:
         self._step_began = began = time.monotonic()
         result = self._engine.step()
         self._step_began = None
+        if result == NOTHING:
+            return  # nobody has computed anything
         self._num_steps += 1
         now = time.monotonic()
         self._metrics.step(result.num_tokens, result.num_sequences, now - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,7 +77,7 @@ def _welcome(screen: Console, config: HeadwaterConfig, cluster: Cluster, log_fil
     for metrics in cluster.drafter_metrics():
         screen.print(f"             http://{metrics}/metrics  (drafter)")
     screen.print(f"  log        {log_file}\n")
-    screen.print(f'Try it:  .venv/bin/headwater generate "def fibonacci(n):"{at}')
+    screen.print(f'Try it:  {sys.argv[0]} generate "def fibonacci(n):"{at}')
     screen.print("Stop it: Ctrl-C", end="\n\n")
 
 

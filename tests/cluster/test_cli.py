@@ -44,7 +44,7 @@ def test_every_sampling_parameter_has_a_flag(field: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "generate", "score", "tokenize", "models", "topology", "explain", "drain", "pin", "api-key"],
+    ["serve", "doctor", "generate", "score", "tokenize", "models", "topology", "explain", "drain", "pin", "api-key"],
 )
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")

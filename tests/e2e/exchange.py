@@ -1,7 +1,7 @@
 """Two workers that share no memory, on one Ray: a script, because a process has one Ray.
 
-`python -m tests.e2e.exchange FOLDER` keeps its files in FOLDER, and prints as JSON what the workers said of one prompt:
-that which computed its prefix, and the other, which was told where it is.
+`python -m tests.e2e.exchange FOLDER [SETTING ...]` keeps its files in FOLDER, and prints as JSON what the workers said
+of one prompt: that which computed its prefix, and the other, which was told where it is.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ async def observe() -> dict[str, object]:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *settings: str) -> None:
     (folder / "token").write_text(TOKEN)
-    with Cluster(load(None, [*SETTINGS, f"cluster.session_token_file={folder / 'token'}"])):
+    with Cluster(load(None, [*SETTINGS, f"cluster.session_token_file={folder / 'token'}", *settings])):
         outcome = asyncio.run(observe())
     print(json.dumps(outcome))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -41,10 +41,10 @@ async def healed(client: Client) -> None:
     assert len({answer.prompt.worker_id for answer in answers}) == NUM_WORKERS
 
 
-async def answers(client: Client) -> list[Completion]:
+async def answers(client: Client, *, num_tokens: int = NUM_TOKENS) -> list[Completion]:
     """Of every prompt in every way, all at once."""
     calls = [
-        client.complete(prompt, max_tokens=NUM_TOKENS, ignore_eos="stop" not in WAYS[name], **WAYS[name])
+        client.complete(prompt, max_tokens=num_tokens, ignore_eos="stop" not in WAYS[name], **WAYS[name])
         for name, prompt in ASKS
     ]
     return await asyncio.gather(*calls)

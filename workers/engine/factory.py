@@ -9,10 +9,11 @@ from workers.config import WorkerConfig
 from workers.engine.protocol import Engine, EngineLimits
 from workers.model.config import ModelConfig
 from workers.speculative.pool.members import PoolAccess
+from workers.versions import require_vllm
 
 
 def make_engine(config: WorkerConfig, *, threads: int, pool: PoolAccess | None = None) -> Engine:
-    """Build the configured engine with its model loaded. Raises ModelError. Takes seconds: not on an event loop.
+    """Build the configured engine with its model loaded. Raises SetupError. Takes seconds: not on an event loop.
 
     `pool`: the way to drafters in other processes, where the configuration asks for them.
     """
@@ -27,6 +28,11 @@ def make_engine(config: WorkerConfig, *, threads: int, pool: PoolAccess | None =
             if engine.kernels != "torch":
                 torch.set_num_threads(1)  # the kernels have threads of their own; two pools would fight for the cores
             return engine
+        case "vllm":
+            require_vllm()
+            from workers.engine.vllm.engine import VllmEngine
+
+            return VllmEngine(config, threads=threads, pool=pool)
         case "fake":
             from workers.engine.fake import FakeEngine
 

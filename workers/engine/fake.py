@@ -80,6 +80,9 @@ class FakeEngine:
         self._num_tokens += len(deltas)
         return StepResult(tuple(deltas), started=started, num_tokens=len(deltas), num_sequences=len(deltas))
 
+    def wake(self) -> None:
+        """A step computes: it is never cut short."""
+
     def load(self) -> Load:
         used = sum(len(request.token_ids) + sum(made.values()) for request, made in self._live.values())
         return Load(num_running=len(self._live), kv_used_tokens=used, kv_capacity_tokens=self._capacity_tokens)

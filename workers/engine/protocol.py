@@ -84,6 +84,9 @@ class Engine(Protocol):
     def step(self) -> StepResult:
         """Advance every runnable sequence by one step. Returns at once with no deltas when there is nothing to do."""
 
+    def wake(self) -> None:
+        """There is something to do between steps: a step that waits for others to compute returns. Any thread."""
+
     def load(self) -> Load:
         """The load after the last step."""
 

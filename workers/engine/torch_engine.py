@@ -127,6 +127,9 @@ class TorchEngine:
             num_sequences=len(plan.chunks),
         )
 
+    def wake(self) -> None:
+        """A step computes: it is never cut short."""
+
     def load(self) -> Load:
         return self._scheduler.load()
 

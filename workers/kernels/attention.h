@@ -29,20 +29,25 @@ class Attention {
   static constexpr long kSmallTile = 4096;  // rows times keys
   static constexpr int kTilesPerThread = 4;
 
-  Attention(const AttentionShape& shape, int num_threads)
-      : shape_(shape), store_(shape), chunk_(round_up(std::max(kChunk, shape.page_size), shape.page_size)) {
+  // `store`: what a KVStore takes after its shape.
+  template <class... Store>
+  Attention(const AttentionShape& shape, int num_threads, Store... store)
+      : shape_(shape), store_(shape, store...), chunk_(round_up(std::max(kChunk, shape.page_size), shape.page_size)) {
     for (int i = 0; i < num_threads; i++) scratch_.emplace_back(*this);
   }
 
   const AttentionShape& shape() const { return shape_; }
   KVStore<T>& kv() { return store_; }
 
-  // Cuts the step. `positions` and the segments, with what they point at, must live until the step is done. Throws if a
-  // segment names a page that cannot be read.
-  void begin(const Segment* segments, int num_segments, const int64_t* positions, int num_rows) {
+  // Cuts the step. `positions`, `places` and the segments, with what they point at, must live until the step is done.
+  // Row i's result goes to the row places[i] of the output, or to i where there are none. Throws if a segment names a
+  // page that cannot be read.
+  void begin(const Segment* segments, int num_segments, const int64_t* positions, int num_rows,
+             const int64_t* places = nullptr) {
     for (int i = 0; i < num_segments; i++) check_pages(segments[i]);
     segments_ = segments;
     positions_ = positions;
+    places_ = places;
     num_rows_ = num_rows;
     tiles_.cut(segments, num_segments, num_rows, shape_.group(), round_up(kSplitKeys, chunk_));
     queries_.reserve((size_t(num_rows) * shape_.num_heads + Tiles::kQueries + kSpareRows) * shape_.padded_dim());
@@ -225,7 +230,8 @@ class Attention {
   }
 
   T* result(T* out, int out_stride, int row, int head) const {
-    return out + long(row) * out_stride + long(head) * shape_.head_dim;
+    const int64_t place = places_ ? places_[row] : row;
+    return out + place * out_stride + long(head) * shape_.head_dim;
   }
 
   // A large tile's heads go to the threads one by one, so that these end together; a small one's stay together, so that
@@ -473,6 +479,7 @@ class Attention {
   std::vector<Unit> units_;
   const Segment* segments_ = nullptr;
   const int64_t* positions_ = nullptr;
+  const int64_t* places_ = nullptr;
   int num_rows_ = 0;
   Buffer<T> queries_;  // [kv_heads][rows][group][padded_dim]
   Buffer<float> parts_;

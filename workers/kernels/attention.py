@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.protocol import KVShape, StepBatch
-from workers.kernels.library import AttentionShape, Library, NativeStep, check_shape
+from workers.kernels.library import AttentionShape, Heads, Library, NativeStep, check_shape
 
 
 class NativeAttention:
@@ -41,8 +41,8 @@ class NativeAttention:
         inputs = [tensor.contiguous() for tensor in (query, key, value)]
         assert all(tensor.dtype == self._dtype for tensor in inputs)
         output = torch.empty(query.shape, dtype=self._dtype)
-        addresses = [tensor.data_ptr() for tensor in (*inputs, output)]
-        self._library.check(self._library.call("attention_attend", handle, layer, window or 0, *addresses))
+        heads = (Heads * 4)(*map(Heads.of, (*inputs, output)))
+        self._library.check(self._library.call("attention_attend", handle, layer, window or 0, heads))
         return output
 
     def copy_page(self, source: int, target: int) -> None:

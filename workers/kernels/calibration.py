@@ -1,23 +1,31 @@
-"""What shared attention costs on this machine, measured with the native decoder before it serves."""
+"""What shared attention costs on this machine, measured with the native kernels before they serve."""
 
 from __future__ import annotations
 
 from array import array
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from workers.attention.cost import FittedCost, calibrate
 from workers.attention.protocol import KVShape, Segment, StepBatch
-from workers.kernels.decoder import NativeDecoder
+from workers.model.scores import AttentionTimes
 
 BATCH_ROWS = 64  # rows measured together, as a busy step has them: so that all threads have work
 LAYERS = 2  # averaged, where the model has so many
 
 
-def calibrated_cost(decoder: NativeDecoder, kv: KVShape) -> FittedCost:
+class Rehearsing(Protocol):
+    """Kernels that can attend as if in a step."""
+
+    def rehearse(self, batch: StepBatch, *, num_times: int) -> AttentionTimes:
+        """Attend as in `num_times` layers, at most as many as there are, on whatever the pages hold."""
+
+
+def calibrated_cost(kernels: Rehearsing, kv: KVShape) -> FittedCost:
     """Measure segments and merges; takes some tenths of a second. The store's contents are read, never changed."""
-    rehearsal = _Rehearsal(decoder, kv)
+    rehearsal = _Rehearsal(kernels, kv)
     most_keys = kv.num_pages * kv.page_size
     keys = tuple(sorted({min(size, most_keys) for size in (256, 2048)}))
     return calibrate(rehearsal.segment_s, rehearsal.merge_s, keys=keys)
@@ -26,8 +34,8 @@ def calibrated_cost(decoder: NativeDecoder, kv: KVShape) -> FittedCost:
 class _Rehearsal:
     """Steps of segments over pages taken in turn. Pages that were never written cost no memory traffic."""
 
-    def __init__(self, decoder: NativeDecoder, kv: KVShape) -> None:
-        self._decoder = decoder
+    def __init__(self, kernels: Rehearsing, kv: KVShape) -> None:
+        self._kernels = kernels
         self._kv = kv
 
     def segment_s(self, num_rows: int, num_keys: int) -> float:
@@ -52,7 +60,7 @@ class _Rehearsal:
     def _run(self, segments: list[Segment], num_rows: int) -> tuple[float, float]:
         zeros = _zeros(num_rows)
         batch = StepBatch(zeros, zeros, zeros, tuple(segments), _zeros(0))
-        times = self._decoder.rehearse(batch, num_times=LAYERS)
+        times = self._kernels.rehearse(batch, num_times=LAYERS)
         return times.segments_s, times.merges_s
 
 

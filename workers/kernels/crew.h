@@ -6,6 +6,9 @@
 //
 // The word that hands out a phase's units carries the number of the job, so a helper that wakes up late finds that the
 // job is over, and takes nothing. (A job's number comes round again after 2^24 jobs.)
+//
+// A crew can do without helpers of its own: where others have a team of threads in the same process, both would spin on
+// the same cores by turns. It then works in the threads of that team (see Team).
 #pragma once
 
 #include <atomic>
@@ -79,10 +82,16 @@ class alignas(64) Turnstile {
   Phase phase_{};
 };
 
+// Calls run(argument) in each of a team's threads, the caller's among them, and returns when all have returned. It may
+// have fewer threads than it is asked for. OpenMP's GOMP_parallel is one; flags are 0.
+using Team = void (*)(void (*run)(void*), void* argument, unsigned num_threads, unsigned flags);
+
 class Crew {
  public:
-  Crew(int num_threads, int max_phases) : num_threads_(num_threads), turnstiles_(max_phases), seconds_(max_phases) {
-    for (int i = 1; i < num_threads; i++) helpers_.emplace_back([this, i] { help(i); });
+  // team: null for helpers of its own.
+  Crew(int num_threads, int max_phases, Team team = nullptr)
+      : num_threads_(num_threads), team_(team), turnstiles_(max_phases), seconds_(max_phases) {
+    for (int i = 1; i < num_threads && team == nullptr; i++) helpers_.emplace_back([this, i] { help(i); });
   }
 
   Crew(const Crew&) = delete;
@@ -108,6 +117,11 @@ class Crew {
     context_.store(context, std::memory_order_relaxed);
     const auto began = Clock::now();
     job_.store(job);
+    if (team_ != nullptr) {
+      Shift shift{*this, job, began};
+      team_(Shift::join, &shift, unsigned(num_threads_), 0);
+      return;
+    }
     if (num_asleep_.load() > 0) job_.notify_all();
     work(job, 0, began);
   }
@@ -117,6 +131,20 @@ class Crew {
   static constexpr int kSpinsBeforeYield = 2000;
 
   using Clock = std::chrono::steady_clock;
+
+  // A job in the threads of a team, who number themselves as they come.
+  struct Shift {
+    Crew& crew;
+    uint32_t job;
+    Clock::time_point began;
+    std::atomic<int> num_joined{0};
+
+    static void join(void* self) {
+      Shift& shift = *static_cast<Shift*>(self);
+      const int thread = shift.num_joined.fetch_add(1);
+      if (thread < shift.crew.num_threads_) shift.crew.work(shift.job, thread, shift.began);
+    }
+  };
 
   void work(uint32_t job, int thread, Clock::time_point began) {
     configure_tiles();
@@ -165,6 +193,7 @@ class Crew {
   }
 
   const int num_threads_;
+  const Team team_;
   std::vector<Turnstile> turnstiles_;
   std::vector<double> seconds_;  // by phase; written by the caller alone
   std::atomic<int> num_phases_{0};

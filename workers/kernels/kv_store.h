@@ -6,7 +6,8 @@
 //     values  [padded_dim / 32] panels of [page_size / depth] steps by 32 dims
 //
 // Pages from num_pages on are those of mapped blocks (see foreign_pages.h): they are read like the store's own, and
-// never written.
+// never written. The pages below it may lie in memory that somebody else owns, too: the store then reads and writes
+// them there (see Placement).
 #pragma once
 
 #include <algorithm>
@@ -29,6 +30,15 @@ struct AttentionShape {
   int padded_dim() const { return round_up(head_dim, kPanel); }
 };
 
+// Where pages are, in elements: those of a layer's key head follow one another from layers[layer] + head * head_stride
+// on, at distances of page_stride.
+template <class T>
+struct Placement {
+  std::vector<T*> layers;
+  long head_stride;
+  long page_stride;
+};
+
 template <class T>
 class KVStore {
  public:
@@ -36,9 +46,21 @@ class KVStore {
       : shape_(shape),
         half_(long(shape.page_size) * shape.padded_dim()),
         data_(size_t(shape.num_layers) * shape.num_pages * shape.num_kv_heads * half_ * 2),
+        placement_(own_placement()),
         foreign_(shape.num_pages, half_ * 2) {
     data_.populate();
   }
+
+  // In memory of others: the heads of a page one after another at layers[layer] + page * page_bytes. It must stay where
+  // it is as long as the store does. Throws if there is no room for them.
+  KVStore(const AttentionShape& shape, void* const* layers, long page_bytes)
+      : shape_(shape),
+        half_(long(shape.page_size) * shape.padded_dim()),
+        placement_(borrowed_placement(layers, page_bytes)),
+        foreign_(shape.num_pages, half_ * 2) {}
+
+  KVStore(const KVStore&) = delete;
+  KVStore& operator=(const KVStore&) = delete;
 
   ForeignPages<T>& foreign() { return foreign_; }
 
@@ -49,15 +71,16 @@ class KVStore {
   class Head {
    public:
     Head(const KVStore& store, int layer, int head)
-        : own_(store.data_.data() + store.offset(layer, 0, head)),
+        : own_(store.first_page(layer, head)),
           half_(store.half_),
+          page_stride_(store.placement_.page_stride),
           num_pages_(store.shape_.num_pages),
           number_(layer * store.shape_.num_kv_heads + head),
           foreign_(store.foreign_) {}
 
     const T* keys(int page) const {
       if (page < num_pages_) [[likely]]
-        return own_ + page * half_ * 2;
+        return own_ + page * page_stride_;
       return foreign_.at(page, number_);
     }
     const T* values_behind(const T* keys) const { return keys + half_; }
@@ -65,6 +88,7 @@ class KVStore {
    private:
     const T* own_;  // of the first page
     long half_;
+    long page_stride_;
     int num_pages_;
     int number_;
     const ForeignPages<T>& foreign_;
@@ -200,16 +224,33 @@ class KVStore {
     return panel + place_in_panel<T>(place / depth, d % kPanel) + place % depth;
   }
 
-  T* page(int layer, int page, int head) { return data_.data() + offset(layer, page, head); }
+  T* page(int layer, int page, int head) { return first_page(layer, head) + page * placement_.page_stride; }
+
+  T* first_page(int layer, int head) const { return placement_.layers[layer] + head * placement_.head_stride; }
 
   // A head's pages follow one another: those that were handed out together are read as one stream.
-  long offset(int layer, int page, int head) const {
-    return ((long(layer) * shape_.num_kv_heads + head) * shape_.num_pages + page) * half_ * 2;
+  Placement<T> own_placement() {
+    const long head_stride = shape_.num_pages * half_ * 2;
+    Placement<T> placement{{}, head_stride, half_ * 2};
+    for (int layer = 0; layer < shape_.num_layers; layer++)
+      placement.layers.push_back(data_.data() + layer * shape_.num_kv_heads * head_stride);
+    return placement;
+  }
+
+  Placement<T> borrowed_placement(void* const* layers, long page_bytes) const {
+    const long needed = shape_.num_kv_heads * long(head_bytes());
+    if (page_bytes < needed || page_bytes % long(sizeof(T)) != 0)
+      throw std::invalid_argument("a page of a layer has " + std::to_string(needed) + " bytes, and the memory offered " +
+                                  std::to_string(page_bytes));
+    Placement<T> placement{{}, half_ * 2, page_bytes / long(sizeof(T))};
+    for (int layer = 0; layer < shape_.num_layers; layer++) placement.layers.push_back(static_cast<T*>(layers[layer]));
+    return placement;
   }
 
   AttentionShape shape_;
   long half_;  // elements of one head's keys in a page
-  Buffer<T> data_;
+  Buffer<T> data_;  // empty if the pages lie elsewhere
+  Placement<T> placement_;
   ForeignPages<T> foreign_;
 };
 

@@ -25,12 +25,19 @@ int guarded(F run) {
   }
 }
 
-// One layer's attention alone: for the attention backend, which torch layers stand around.
+// A layer's heads: row i's begin i * stride elements from the first row's, one after another.
+struct Heads {
+  void* data;
+  long stride;
+};
+
+// One layer's attention alone: for the attention backends, which torch layers stand around.
 class AttentionOnly {
  public:
   virtual ~AttentionOnly() = default;
   virtual void begin(const Step& step) = 0;
-  virtual void attend(int layer, int window, const void* query, const void* key, const void* value, void* out) = 0;
+  virtual void attend(int layer, int window, Heads query, Heads key, Heads value, Heads out) = 0;
+  virtual void rehearse(Step& step, int num_times) = 0;
   virtual void copy_page(int source, int target) = 0;
   virtual void copy_token(long source, long target) = 0;
 };
@@ -39,21 +46,25 @@ template <class T>
 class AttentionOf final : public AttentionOnly {
  public:
   AttentionOf(const AttentionShape& shape, int num_threads)
-      : shape_(shape), attention_(shape, num_threads), crew_(num_threads, 4) {}
+      : shape_(shape), attention_(shape, num_threads), crew_(num_threads, kPhases) {}
+
+  // In memory and threads of others.
+  AttentionOf(const AttentionShape& shape, int num_threads, void* const* layers, long page_bytes, Team team)
+      : shape_(shape), attention_(shape, num_threads, layers, page_bytes), crew_(num_threads, kPhases, team) {}
 
   void begin(const Step& step) override {
     for (int row = 0; row < step.num_rows; row++) attention_.kv().check_slot(step.slots[row]);
     step_ = step;
-    attention_.begin(step.segments, step.num_segments, step.positions, step.num_rows);
+    attention_.begin(step.segments, step.num_segments, step.positions, step.num_rows, step.places);
   }
 
-  void attend(int layer, int window, const void* query, const void* key, const void* value, void* out) override {
+  void attend(int layer, int window, Heads query, Heads key, Heads value, Heads out) override {
     layer_ = layer;
     window_ = window;
-    query_ = static_cast<const T*>(query);
-    key_ = static_cast<const T*>(key);
-    value_ = static_cast<const T*>(value);
-    out_ = static_cast<T*>(out);
+    query_ = query;
+    key_ = key;
+    value_ = value;
+    out_ = out;
     crew_.run({{run<&AttentionOf::clear_page>, 0, step_.num_rows},
                {run<&AttentionOf::store_row>, 0, step_.num_rows},
                {run<&AttentionOf::attend_unit>, 0, attention_.num_tile_units()},
@@ -61,43 +72,67 @@ class AttentionOf final : public AttentionOnly {
               this);
   }
 
+  // Attend, and nothing else, in each of `num_times` layers; the results go nowhere.
+  void rehearse(Step& step, int num_times) override {
+    begin(step);
+    Buffer<T> nowhere(size_t(step.num_rows) * shape_.num_heads * shape_.head_dim);
+    out_ = {nowhere.data(), long(shape_.num_heads) * shape_.head_dim};
+    window_ = 0;
+    step.attend_s = step.merge_s = 0;
+    for (layer_ = 0; layer_ < std::min(num_times, shape_.num_layers); layer_++) {
+      crew_.run({{run<&AttentionOf::attend_unit>, 0, attention_.num_tile_units()},
+                 {run<&AttentionOf::merge_unit>, 0, attention_.num_merge_units()}},
+                this);
+      step.attend_s += crew_.seconds(0);
+      step.merge_s += crew_.seconds(1);
+    }
+  }
+
   void copy_page(int source, int target) override { attention_.kv().copy_page(source, target); }
   void copy_token(long source, long target) override { attention_.kv().copy_token(source, target); }
 
  private:
+  static constexpr int kPhases = 4;
+
   template <void (AttentionOf::*kRun)(int, int)>
   static void run(void* self, int, int unit, int thread) {
     (static_cast<AttentionOf*>(self)->*kRun)(unit, thread);
   }
 
-  int stride() const { return shape_.num_heads * shape_.head_dim; }
+  // The first head of a row.
+  static const T* at(const Heads& heads, int64_t place) {
+    return static_cast<const T*>(heads.data) + place * heads.stride;
+  }
 
   void clear_page(int row, int) { attention_.kv().clear_page_before(layer_, step_.slots[row]); }
 
   void store_row(int row, int) {
     const int dim = shape_.head_dim;
+    const int64_t place = step_.places ? step_.places[row] : row;
     std::vector<float> wide(dim);
     for (int head = 0; head < shape_.num_heads; head++) {
-      const T* from = query_ + (long(row) * shape_.num_heads + head) * dim;
+      const T* from = at(query_, place) + head * dim;
       for (int d = 0; d < dim; d++) wide[d] = to_float(from[d]);
       attention_.write_query(row, head, wide.data());
     }
     for (int head = 0; head < shape_.num_kv_heads; head++) {
-      const long from = (long(row) * shape_.num_kv_heads + head) * dim;
-      attention_.kv().write_key(layer_, step_.slots[row], head, key_ + from);
-      attention_.kv().write_value(layer_, step_.slots[row], head, value_ + from);
+      attention_.kv().write_key(layer_, step_.slots[row], head, at(key_, place) + head * dim);
+      attention_.kv().write_value(layer_, step_.slots[row], head, at(value_, place) + head * dim);
     }
   }
 
-  void attend_unit(int unit, int thread) { attention_.attend(layer_, window_, unit, thread, out_, stride()); }
-  void merge_unit(int unit, int thread) { attention_.merge(unit, thread, out_, stride()); }
+  void attend_unit(int unit, int thread) {
+    attention_.attend(layer_, window_, unit, thread, static_cast<T*>(out_.data), int(out_.stride));
+  }
+  void merge_unit(int unit, int thread) {
+    attention_.merge(unit, thread, static_cast<T*>(out_.data), int(out_.stride));
+  }
 
   const AttentionShape shape_;
   Attention<T> attention_;
   Step step_{};
   int layer_ = 0, window_ = 0;
-  const T *query_ = nullptr, *key_ = nullptr, *value_ = nullptr;
-  T* out_ = nullptr;
+  Heads query_{}, key_{}, value_{}, out_{};
   Crew crew_;  // last: its threads use what stands above
 };
 
@@ -184,15 +219,33 @@ AttentionOnly* headwater_attention_new(const AttentionShape* shape, int is_bf16,
   return made;
 }
 
+// Keys and values in memory of others: layers[i] is the address of layer i's first page (see KVStore). team: whose
+// threads do the work, or null.
+AttentionOnly* headwater_attention_borrow(const AttentionShape* shape, int is_bf16, int num_threads,
+                                          void* const* layers, long page_bytes, Team team) {
+  AttentionOnly* made = nullptr;
+  guarded([&] {
+    if (is_bf16)
+      made = new AttentionOf<Bf16>(*shape, num_threads, layers, page_bytes, team);
+    else
+      made = new AttentionOf<float>(*shape, num_threads, layers, page_bytes, team);
+  });
+  return made;
+}
+
 void headwater_attention_delete(AttentionOnly* attention) { delete attention; }
 
 int headwater_attention_begin(AttentionOnly* attention, const Step* step) {
   return guarded([&] { attention->begin(*step); });
 }
 
-int headwater_attention_attend(AttentionOnly* attention, int layer, int window, const void* query, const void* key,
-                               const void* value, void* out) {
-  return guarded([&] { attention->attend(layer, window, query, key, value, out); });
+// heads: query, key, value, out
+int headwater_attention_attend(AttentionOnly* attention, int layer, int window, const Heads* heads) {
+  return guarded([&] { attention->attend(layer, window, heads[0], heads[1], heads[2], heads[3]); });
+}
+
+int headwater_attention_rehearse(AttentionOnly* attention, Step* step, int num_times) {
+  return guarded([&] { attention->rehearse(*step, num_times); });
 }
 
 int headwater_attention_copy_page(AttentionOnly* attention, int source, int target) {

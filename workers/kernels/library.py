@@ -1,6 +1,6 @@
 """A built library of kernels: its functions with their types, and the structures that cross the border.
 
-The structures repeat those of segments.h, attention.h, decoder.h and step.h field by field.
+The structures repeat those of segments.h, attention.h, decoder.h, step.h and library.cpp field by field.
 """
 
 from __future__ import annotations
@@ -63,7 +63,19 @@ class Step(ctypes.Structure):
         ("argmax", c_void_p),
         ("attend_s", c_double),
         ("merge_s", c_double),
+        ("places", c_void_p),
     ]
+
+
+class Heads(ctypes.Structure):
+    """library.cpp"""
+
+    _fields_ = [("data", c_void_p), ("stride", c_long)]
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Heads:
+        """Of a tensor [rows, heads, head_dim] whose rows are each in one piece."""
+        return cls(rows.data_ptr(), rows.stride(0))
 
 
 class Library:
@@ -81,9 +93,20 @@ class Library:
         if self.call("prepare"):
             raise SetupError(f"the {variant.name} kernels do not run here: {self.error()}")
         self._declare("headwater_attention_new", c_void_p, POINTER(AttentionShape), c_int, c_int)
+        self._declare(
+            "headwater_attention_borrow",
+            c_void_p,
+            POINTER(AttentionShape),
+            c_int,
+            c_int,
+            POINTER(c_void_p),
+            c_long,
+            c_void_p,
+        )
         self._declare("headwater_attention_delete", None, c_void_p)
         self._declare("headwater_attention_begin", c_int, c_void_p, POINTER(Step))
-        self._declare("headwater_attention_attend", c_int, c_void_p, c_int, c_int, *[c_void_p] * 4)
+        self._declare("headwater_attention_attend", c_int, c_void_p, c_int, c_int, POINTER(Heads))
+        self._declare("headwater_attention_rehearse", c_int, c_void_p, POINTER(Step), c_int)
         self._declare("headwater_attention_copy_page", c_int, c_void_p, c_int, c_int)
         self._declare("headwater_attention_copy_token", c_int, c_void_p, c_long, c_long)
         self._declare("headwater_decoder_new", c_void_p, POINTER(DecoderShape), c_int, c_int)

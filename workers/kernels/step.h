@@ -21,6 +21,7 @@ struct Step {
   int64_t* argmax;  // [logit_rows]: the first of the highest logits
   double attend_s;  // out: seconds in the phases of attention, and in those of its merges
   double merge_s;
+  const int64_t* places;  // for attention alone: by row, where it stands in the caller's tensors; null: as in the step
 };
 
 }  // namespace headwater

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from protos.errors import ModelError
 from workers.model.checkpoint import open_checkpoint
 from workers.model.config import ModelConfig
+from workers.model.json_object import JsonObject
 
 
 def check_directory(path: Path) -> ModelConfig:
@@ -22,10 +23,19 @@ def check_directory(path: Path) -> ModelConfig:
     return config
 
 
+def check_foreign_directory(path: Path) -> None:
+    """Return if tokenizer and config.json can be read: all else is for vLLM to judge, which knows other models.
+
+    Raises ModelError.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such directory; set worker.model.path to a Hugging Face model directory")
+    JsonObject.read(path / "config.json")
+    _read_tokenizer(path / "tokenizer.json")
+
+
 def _check_tokenizer(path: Path, config: ModelConfig) -> None:
-    if not path.is_file():
-        raise ModelError(f"{path}: is missing; save the tokenizer in the fast format (tokenizer.json)")
-    tokenizer = _parse_tokenizer(path)
+    tokenizer = _read_tokenizer(path)
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if highest >= config.vocab_size:
         raise ModelError(
@@ -34,7 +44,9 @@ def _check_tokenizer(path: Path, config: ModelConfig) -> None:
         )
 
 
-def _parse_tokenizer(path: Path) -> Tokenizer:
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing; save the tokenizer in the fast format (tokenizer.json)")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower class

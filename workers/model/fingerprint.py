@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -29,9 +29,13 @@ def weights_fingerprint(directory: Path, *, max_context: int) -> str:
     """
     config = ModelConfig.from_directory(directory)
     files = sorted({tensor.file for tensor in open_checkpoint(directory, config).values()})
+    return files_fingerprint(directory, files, note=f"{max_context} tokens" if config.rope.kind == "dynamic" else "")
+
+
+def files_fingerprint(directory: Path, files: Sequence[Path], *, note: str = "") -> str:
+    """The same of a directory's config.json and these files; `note`: what else must be equal. Raises ModelError."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
-    if config.rope.kind == "dynamic":
-        digest.update(b"%d tokens" % max_context)
+    digest.update(note.encode())
     sizes = [path.stat().st_size for path in files]
     is_large = sum(sizes) > WHOLE_BYTES
     for path, size in zip(files, sizes, strict=True):

@@ -132,6 +132,19 @@ class DraftTree:
             return DraftTree()
         return self if top == ROOT else self.below(top)
 
+    def trunk(self) -> DraftTree:
+        """Of its paths, the one of which most tokens are expected to be right: a chain, for who verifies no trees."""
+        if self.is_chain:
+            return self
+        expected: list[float] = []
+        for parent, probability in zip(self.parents, self.path_probabilities, strict=True):
+            expected.append(probability + (0.0 if parent == ROOT else expected[parent]))
+        node, nodes = max(range(len(self)), key=expected.__getitem__), list[int]()
+        while node != ROOT:
+            nodes.append(node)
+            node = self.parents[node]
+        return self.keep(nodes)
+
     def cut(self, max_nodes: int) -> DraftTree:
         """The nodes that are most probably right, at most so many."""
         if len(self) <= max_nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from workers.config import (
 )
 from workers.engine.protocol import Engine
 from workers.engine.torch_engine import TorchEngine
+from workers.kv.journal import Changes, Journal
 
 
 @dataclass
@@ -95,6 +97,19 @@ def step(engine: Engine, outputs: Outputs) -> None:
             output.cached_tokens = delta.cached_tokens
     if isinstance(engine, TorchEngine):
         engine.check()
+
+
+def settle(engine: Engine, *, quiet_s: float = 0.3) -> Changes:
+    """What has changed in the prefix cache until nothing more does: other processes tell it a little later."""
+    journal = Journal()
+    quiet_at = time.monotonic() + quiet_s
+    while time.monotonic() < quiet_at:
+        if (changes := engine.take_kv_changes()) != Changes():
+            journal.store(changes.stored)
+            journal.remove(changes.removed)
+            quiet_at = time.monotonic() + quiet_s
+        time.sleep(quiet_s / 30)
+    return journal.take()
 
 
 def run(engine: Engine, *requests: Request) -> Outputs:

@@ -80,7 +80,7 @@ def test_the_same_noise_makes_more_drafts_right(target_dir: Path, root: Path) ->
     same = drafted(target_dir, root / "models" / "drafter", max_nodes=4)
     greedy = drafted(target_dir, root / "models" / "drafter", max_nodes=4)
     assert greedy._speculator is not None
-    [model] = greedy._speculator._drafters
+    [model] = greedy._speculator._panel._drafters
     propose = model.propose
     model.propose = lambda contexts, max_nodes: propose(  # type: ignore[method-assign]
         [one._replace(draws=None) for one in contexts], max_nodes

@@ -47,7 +47,7 @@ def drafted(root: Path, draft_model: Path) -> TorchEngine:
     )
     engine = TorchEngine(config)
     assert engine._speculator is not None
-    engine._speculator._controller = Always(1, max_nodes=6)
+    engine._speculator._panel._controller = Always(1, max_nodes=6)
     return engine
 
 
@@ -62,7 +62,7 @@ def test_a_draft_model_with_another_tokenizer_drafts_as_well(root: Path, tokeniz
         accepted.append(counted(engine).accepted_tokens)
     native, translated = accepted
     assert translated > 0.5 * native  # sampled outputs are not drafted with the target's draws
-    assert isinstance(engine._speculator._drafters[0], Translating)  # type: ignore[union-attr]
+    assert isinstance(engine._speculator._panel._drafters[0], Translating)  # type: ignore[union-attr]
 
 
 def test_the_pool_can_have_one_too(root: Path, renumbered: Path) -> None:

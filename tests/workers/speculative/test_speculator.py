@@ -118,5 +118,5 @@ def test_a_drafter_that_fails_anywhere_is_left_out_and_harms_nobody(target_dir: 
     engine = engine_with(target_dir, broken, whole, controller=controller)
     assert {key: output.tokens for key, output in run(engine, *requests).items()} == expected
     assert engine._speculator is not None
-    assert engine._speculator._broken == {0}
+    assert engine._speculator._panel.broken == {0}
     assert whole.looks if where == "is_sure" else len(whole.asked) > len(requests)

@@ -148,3 +148,26 @@ def test_check_refuses_what_is_no_tree(broken: DraftTree, message: str | None) -
     TREE.check()
     with pytest.raises(AssertionError, match=message):
         broken.check()
+
+
+@given(trees())
+@settings(deadline=None)
+def test_the_trunk_is_the_path_of_which_most_is_expected(tree: DraftTree) -> None:
+    def expected(node: int) -> float:
+        return sum(tree.path_probabilities[ancestor] for ancestor in ancestry(tree, node))
+
+    trunk = tree.trunk()
+    trunk.check()
+    assert trunk.is_chain
+    if not len(tree):
+        assert not len(trunk)
+        return
+    assert trunk.tokens in paths(tree)
+    best = max(expected(node) for node in range(len(tree)))
+    assert sum(trunk.path_probabilities) == pytest.approx(best, abs=1e-12)
+    assert set(trunk.sources) <= set(tree.sources)
+
+
+def test_a_chain_is_its_own_trunk() -> None:
+    chain = DraftTree.chain([1, 2, 3], [0.5, 0.0, 0.5])
+    assert chain.trunk() is chain
