@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from protos.errors import ConfigError, ModelError
+from tests.e2e.conftest import command
 from tests.vllm.drive import vllm_engine
 from tests.vllm.lora import save_adapter
 from tests.vllm.quantised import save_int8
@@ -113,6 +116,26 @@ def test_arguments_that_are_not_to_be_set_stop_the_start(args: dict[str, Any], t
         vllm_engine(target_dir, args=args)
 
 
-def test_what_keeps_vllm_from_starting_is_told_and_leaves_nothing(target_dir: Path) -> None:
+def test_what_keeps_vllm_from_starting_is_told(target_dir: Path) -> None:
     with pytest.raises(ModelError, match="vLLM does not start"):
         vllm_engine(target_dir, quantization="gguf")
+
+
+def test_a_start_that_fails_late_leaves_no_process_and_no_file(
+    qwen3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(engine: VllmEngine) -> None:
+        assert vllm_processes()
+        raise RuntimeError("too late")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(VllmEngine, "_make_prefixes", fail)
+    with pytest.raises(RuntimeError, match="too late"):
+        vllm_engine(qwen3_dir)
+    assert not vllm_processes()
+    assert not list(tmp_path.glob("headwater-vllm-*"))
+
+
+def vllm_processes() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if " ".join(command(child)).startswith("VLLM::")]

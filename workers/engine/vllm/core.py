@@ -124,9 +124,11 @@ class Core:
     def close(self) -> None:
         """End vLLM's processes and the thread. Idempotent."""
         if self._thread.is_alive():
-            self._call(self._shut_down(), 2 * SHUTDOWN_S)
-            del self._llm  # which would be shut down once more
-            self._stop_loop()
+            try:
+                self._call(self._shut_down(), 2 * SHUTDOWN_S)
+            finally:
+                del self._llm  # which would be shut down once more, later
+                self._stop_loop()
 
     # On the loop
 

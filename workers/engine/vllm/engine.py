@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from vllm import RequestOutput
 
-from protos.errors import DuplicateRequest, EmptyPrompt, EngineFailure, HeadwaterError, Overloaded, PromptTooLong
+from protos.errors import DuplicateRequest, EmptyPrompt, EngineFailure, Overloaded, PromptTooLong
 from protos.messages import Failure, Load, ModelInfo, Pin, Request, TokenDelta
 from workers.config import WorkerConfig
 from workers.engine.protocol import Adoption, EngineLimits, EngineStats, StepResult
@@ -40,11 +40,13 @@ class VllmEngine:
     """An Engine whose steps are vLLM's. Owns its processes, and every output that they make."""
 
     def __init__(self, config: WorkerConfig, *, threads: int = 1, pool: PoolAccess | None = None) -> None:
-        """Raises ConfigError for arguments that vLLM does not take, and ModelError if it does not start."""
+        """Raises ConfigError for arguments that vLLM does not take, and ModelError if it does not start.
+
+        Whatever fails, nothing is left behind.
+        """
         began = time.monotonic()
         self._config = config
-        self._pool = pool
-        self._sockets = Path(tempfile.mkdtemp(prefix="headwater-vllm-"))
+        self._pool = pool if "pool" in config.engine.speculation.drafters else None
         self._live: dict[str, dict[int, Output]] = {}
         self._num_computed = 0  # rows, after the last step
         self._waiting_since = began  # for vLLM's next answer
@@ -53,15 +55,20 @@ class VllmEngine:
         self._asked: Future[list[Any]] | None = None
         self._members: Mapping[str, str] | None = None  # as vLLM's worker knows them
         log.info("%s: starting vLLM", config.model.served_name)
-        kv = config.engine.kv
-        self._events = KVEventReader(*event_endpoints(self._sockets), kv.page_size)
-        try:
-            args, section = engine_args(config, threads=threads, sockets=self._sockets), config.engine.vllm
-            with exported(environment(threads=threads, tensor_parallel=section.tensor_parallel)):
-                self._core = Core(args, lora=section.lora, start_timeout_s=section.start_timeout_s)
-        except HeadwaterError:
-            self._clear()
-            raise
+        with ExitStack() as exits:
+            self._start(exits, threads)
+            self._exits = exits.pop_all()
+        log.info("%s: vLLM is ready after %.0f s", self._info.name, time.monotonic() - began)
+
+    def _start(self, exits: ExitStack, threads: int) -> None:
+        config, section = self._config, self._config.engine.vllm
+        sockets = Path(exits.enter_context(TemporaryDirectory(prefix="headwater-vllm-")))
+        args = engine_args(config, threads=threads, sockets=sockets)
+        self._events = KVEventReader(*event_endpoints(sockets), config.engine.kv.page_size)
+        exits.callback(self._events.close)
+        with exported(environment(threads=threads, tensor_parallel=section.tensor_parallel)):
+            self._core = Core(args, lora=section.lora, start_timeout_s=section.start_timeout_s)
+        exits.callback(self._core.close)
         model = self._core.vllm_config.model_config
         self._info = ModelInfo(
             name=config.model.served_name,
@@ -72,7 +79,7 @@ class VllmEngine:
         self._eos = frozenset(self._info.eos_token_ids)
         self._num_pages = self._core.num_blocks
         self._prefixes = self._make_prefixes()
-        log.info("%s: vLLM is ready after %.0f s", self._info.name, time.monotonic() - began)
+        exits.callback(self._prefixes.close)
 
     @property
     def model(self) -> ModelInfo:
@@ -184,9 +191,7 @@ class VllmEngine:
 
     def close(self) -> None:
         self._live.clear()
-        self._core.close()
-        self._prefixes.close()
-        self._clear()
+        self._exits.close()
 
     def _refuse(self, request: Request) -> None:
         num_prompt, max_tokens = len(request.token_ids), request.sampling.max_tokens
@@ -293,7 +298,8 @@ class VllmEngine:
         if self._pool is not None and self._members is not self._pool.members.addresses:
             self._members, tls = self._pool.members.addresses, self._pool.tls
             certificates = None if tls is None else {name: str(value) for name, value in asdict(tls).items()}
-            self._core.ask_workers("set_pool", dict(self._members), self._pool.token, certificates)
+            asked = self._core.ask_workers("set_pool", dict(self._members), self._pool.token, certificates)
+            asked.add_done_callback(_first)
         if self._asked is not None and self._asked.done():
             self._counts, self._asked = _first(self._asked) or self._counts, None
         if self._counts_something and self._asked is None and time.monotonic() - self._counts_asked > COUNTS_AGE_S:
@@ -311,13 +317,11 @@ class VllmEngine:
         pool = counts.pop("pool", None)
         return SpeculationStats(**counts, pool=None if pool is None else PoolStats(**pool))
 
-    def _clear(self) -> None:
-        self._events.close()
-        shutil.rmtree(self._sockets, ignore_errors=True)
-
 
 def _first(asked: Future[list[Any]]) -> Any:
     """The first worker's answer; None, and said, where there is none."""
+    if asked.cancelled():
+        return None
     if (error := asked.exception()) is not None:
         log.warning("vLLM's worker does not answer: %s", error)
         return None

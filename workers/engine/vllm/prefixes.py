@@ -127,7 +127,7 @@ class Prefixes:
                 pinned.computing = None
 
     def close(self) -> None:
-        """Give up what is under way, and give its memory back. vLLM has ended. Idempotent."""
+        """Give up what is under way, and give its memory back. Idempotent."""
         for one in self._imports:
             one.handover.close()
         self._imports.clear()
