@@ -1,7 +1,7 @@
 """AsyncLLM on an event loop of its own thread: outputs go in from the engine's thread, and answers come back together.
 
-vLLM answers all requests of a step one after another. Their deltas are handed over at once, so that a step
-is one frame.
+vLLM answers all requests of a step one after another. Their deltas are handed over at once, so that a step is one
+frame, and right where vLLM puts them down: to have a task for each output take them up would cost more than all else.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from itertools import count
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple, TypeVar
 
-from vllm import AsyncEngineArgs, RequestOutput
+from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+from vllm.inputs import TokensInput
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from protos.errors import EngineFailure, ModelError
 from protos.messages import Request, Sampling
@@ -48,12 +52,13 @@ class Core:
         """Start vLLM and wait until it is ready. Raises ModelError with vLLM's own words if it does not come up."""
         self._args = args
         self._lora = None if lora is None else LoRARequest(lora.name, 1, str(lora))
-        self._arrived = threading.Condition()
-        self._answers: list[Answer] = []  # guarded by _arrived
-        self._is_woken = False  # likewise
-        self._dead: str | None = None  # likewise
+        self._arrived: SimpleQueue[Sequence[Answer]] = SimpleQueue()  # bursts; an empty one only wakes
+        self._dead: str | None = None  # set once, by the loop
         self._fresh: list[Answer] = []  # of the burst at hand; the loop's
-        self._tasks: dict[int, asyncio.Task[None]] = {}  # by identity of the output; the loop's
+        self._collectors: dict[
+            int, RequestOutputCollector | None
+        ] = {}  # by identity of the output, None until vLLM has
+        self._tasks: set[asyncio.Task[None]] = set()  # that vLLM is asked in; the loop's, like the two above
         self._numbers = count()  # of what is run for the connector
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
@@ -99,23 +104,24 @@ class Core:
 
     def drop(self, output: Output) -> None:
         """Make no more of an output; answers that are under way may still come."""
-        self._loop.call_soon_threadsafe(self._cancel, id(output))
+        self._loop.call_soon_threadsafe(self._cancel, output)
 
     def take(self, timeout_s: float) -> list[Answer]:
         """The answers that have come; waits for the first, unless woken. Raises EngineFailure once vLLM has ended."""
-        with self._arrived:
-            self._arrived.wait_for(lambda: self._answers or self._is_woken or self._dead, timeout_s)
-            self._is_woken = False
-            answers, self._answers = self._answers, []
-            if self._dead is not None and not answers:
-                raise EngineFailure(self._dead)
+        answers: list[Answer] = []
+        try:
+            answers += self._arrived.get(timeout=0 if self._dead is not None else timeout_s)
+            while True:
+                answers += self._arrived.get_nowait()
+        except Empty:
+            pass
+        if self._dead is not None and not answers:
+            raise EngineFailure(self._dead)
         return answers
 
     def wake(self) -> None:
         """Have `take` return at once. Any thread."""
-        with self._arrived:
-            self._is_woken = True
-            self._arrived.notify()
+        self._arrived.put(())
 
     def ask_workers(self, method: str, *args: Any) -> Future[list[Any]]:
         """Call a method of every worker process, between two steps."""
@@ -142,61 +148,84 @@ class Core:
         return llm, counter
 
     async def _shut_down(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
+        self._collectors.clear()
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._llm.shutdown(timeout=SHUTDOWN_S)
 
     def _open(self, output: Output) -> None:
-        task = self._loop.create_task(self._make(output))
-        self._tasks[id(output)] = task
-        task.add_done_callback(lambda _: self._tasks.pop(id(output), None))
+        self._collectors[id(output)] = None
+        self._spawn(self._begin(output))
 
-    def _cancel(self, key: int) -> None:
-        if (task := self._tasks.get(key)) is not None:
-            task.cancel()
+    def _cancel(self, output: Output) -> None:
+        if (collector := self._collectors.pop(id(output), None)) is not None:
+            self._spawn(self._abort(collector))
 
-    def _generate(self, output: Output) -> AsyncGenerator[RequestOutput, None]:
-        answers: AsyncGenerator[RequestOutput, None] = self._llm.generate(
-            output.to_prompt(),
-            output.to_params(),
-            output.request_id,
-            lora_request=self._lora,
-            priority=-output.request.priority,  # vLLM's smaller ones run first
-        )
-        return answers
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _exhaust(self, output: Output) -> None:
-        async for _ in self._generate(output):
-            pass
-
-    async def _make(self, output: Output) -> None:
+    async def _begin(self, output: Output) -> None:
+        """Ask vLLM for an output, and hear of it where vLLM puts down what it has made."""
         try:
-            async for said in self._generate(output):
-                self._hand_over(Answer(output, said))
-        except EngineDeadError as error:
+            collector = await self._llm.add_request(*self._asked(output), **self._options(output))
+        except Exception as error:  # noqa: BLE001 - vLLM raises many kinds; each is told to whoever asked
+            self._fail(output, error)
+            return
+        if id(output) not in self._collectors:  # nobody wants it any more
+            await self._abort(collector)
+            return
+        self._collectors[id(output)] = collector
+        collector.put = partial(self._hear, output)
+        if collector.output is not None:
+            self._hear(output, collector.output)
+
+    async def _abort(self, collector: RequestOutputCollector) -> None:
+        await self._llm.abort(collector.request_id, internal=True)
+
+    def _hear(self, output: Output, said: RequestOutput | Exception) -> None:
+        if isinstance(said, Exception):
+            self._fail(output, said)
+            return
+        if said.finished:
+            self._collectors.pop(id(output), None)
+        self._hand_over(Answer(output, said))
+
+    def _fail(self, output: Output, error: Exception) -> None:
+        self._collectors.pop(id(output), None)
+        if isinstance(error, EngineDeadError):
             self._die(error)
-        except Exception as error:
-            log.exception("an output of %d prompt tokens failed", len(output.prompt))
+        else:
+            log.error("an output of %d prompt tokens failed", len(output.prompt), exc_info=error)
             self._hand_over(Answer(output, _told(error)))
 
+    def _asked(self, output: Output) -> tuple[str, TokensInput, SamplingParams]:
+        return output.request_id, output.to_prompt(), output.to_params()
+
+    def _options(self, output: Output) -> dict[str, Any]:
+        """vLLM's smaller priorities run first."""
+        return {"lora_request": self._lora, "priority": -output.request.priority}
+
+    async def _exhaust(self, output: Output) -> None:
+        request_id, prompt, params = self._asked(output)
+        async for _ in self._llm.generate(prompt, params, request_id, **self._options(output)):
+            pass
+
     def _hand_over(self, answer: Answer) -> None:
-        """With all others of the same burst: they are ready to run before what is called soon."""
+        """With all others of the same burst: vLLM puts them down before anything else is called."""
         if not self._fresh:
             self._loop.call_soon(self._flush)
         self._fresh.append(answer)
 
     def _flush(self) -> None:
         fresh, self._fresh = self._fresh, []
-        with self._arrived:
-            self._answers += fresh
-            self._arrived.notify()
+        self._arrived.put(fresh)
 
     def _die(self, error: Exception) -> None:
-        with self._arrived:
-            self._dead = f"vLLM's engine process has ended: {_told(error)}"
-            self._arrived.notify()
+        self._dead = f"vLLM's engine process has ended: {_told(error)}"
+        self.wake()
 
     # From other threads
 

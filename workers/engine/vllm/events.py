@@ -103,7 +103,7 @@ class KVEventReader:
 
     def read(self) -> None:
         """Take in what has come."""
-        while self._socket.poll(0):
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             _, number, payload = self._socket.recv_multipart()
             self._take(int.from_bytes(number, "big"), payload)
 
