@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from router.deployment import RouterStatus
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+LOOK_S = 1.0  # between two looks at Ray's processes, which cost a hundredth of a core if they are taken at every poll
 PATIENCE_S = 10.0  # of somebody who watches a start, between two signs of life
 CALL_TIMEOUT_S = 5.0
 STOP_MARGIN_S = 10.0  # Serve's own part of a stop, after the drain
@@ -133,10 +135,13 @@ class Cluster:
 
     def wait(self) -> None:
         """Return when `interrupt` was called. Raises SetupError if Ray dies underneath: nothing can be served then."""
+        looked = -math.inf
         while not self._num_interrupts:
-            if not self._ray_lives():
-                self._keep_logs()
-                raise SetupError(f"Ray died; its logs are kept in {self._kept_logs()}")
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                if not self._ray_lives():
+                    self._keep_logs()
+                    raise SetupError(f"Ray died; its logs are kept in {self._kept_logs()}")
             time.sleep(POLL_S)
 
     def stop(self) -> None:

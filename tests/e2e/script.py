@@ -16,7 +16,7 @@ import psutil
 def run(module: str, *arguments: str, root: Path, directory: Path, timeout_s: float) -> tuple[int, Any]:
     """Its process id and what it printed last, as JSON. Whatever happens, no process of it is left."""
     command = [sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(root), "RAY_ENABLE_AUTO_CONNECT": "0"}  # scripts import Ray first
     family: list[psutil.Process] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=directory, env=environment
