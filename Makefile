@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+CHECKOV := .venv-checkov
 TOOLS ?= $(VENV)
 PROTOS := $(wildcard protos/v1/*.proto)
 STUBS := $(PROTOS:.proto=_pb2.py)
@@ -11,10 +12,10 @@ CONFIG ?= deploy/config/laptop.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm proto serve serve-vllm test test-vllm soak check bench clean
+.PHONY: help setup setup-vllm proto serve serve-vllm test test-vllm test-deploy deploy-tools soak check generated bench clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed $(STUBS) ## Make the virtual environment and generate the gRPC code; quick when nothing changed
 
@@ -30,26 +31,38 @@ serve-vllm: setup-vllm ## Run a cluster whose engines are vLLM's, on the CPU
 	$(VLLM)/bin/headwater serve --config deploy/config/laptop-vllm.yaml $(ARGS)
 
 test: setup ## Run the tests, without the long ones
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" --ignore tests/deploy $(ARGS)
 
 test-vllm: setup-vllm ## Run the tests of the vLLM engine
 	$(VLLM)/bin/pytest tests/vllm $(ARGS)
 
+test-deploy: setup $(CHECKOV)/.installed deploy-tools ## Run the tests of what deploys and watches a cluster
+	$(BIN)/pytest tests/deploy $(ARGS)
+
+deploy-tools:
+	@for tool in promtool prometheus chromium; do command -v $$tool >/dev/null || { echo "$$tool is not on the PATH: 'make test-deploy' needs it; on Debian: apt-get install --no-install-recommends prometheus chromium"; exit 2; }; done
+
 soak: setup ## Run the long tests
 	$(BIN)/pytest -m slow $(ARGS)
 
-check: setup node_modules/.installed ## Check format, lint, types, import directions and protos
+check: setup node_modules/.installed ## Check format, lint, types, import directions, protos and the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	node_modules/.bin/buf lint
+	$(BIN)/hadolint deploy/docker/Dockerfile
+
+generated: setup ## Write anew what is generated and kept: the chart's schema, the plain manifests, the dashboards
+	$(BIN)/python -m cluster.kubernetes.values_schema
+	$(BIN)/python -m cluster.kubernetes.examples
+	$(BIN)/python -m cluster.dashboards
 
 bench: setup ## Measure a cluster that `make serve` runs in another terminal
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## Remove everything that the other commands made
-	rm -rf $(VENV) $(VLLM) node_modules build .headwater *.egg-info .*_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(CHECKOV) node_modules build .headwater *.egg-info .*_cache .hypothesis .import_linter_cache
 	rm -f protos/v1/*_pb2*.py protos/v1/*_pb2*.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -69,6 +82,11 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch==2.13.0+cpu || { echo "vLLM needs the CPU build of torch: give pip an index that has it (PIP_EXTRA_INDEX_URL)"; exit 2; }
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(CHECKOV)/.installed: deploy/checkov.txt
+	$(PYTHON) -m venv $(CHECKOV)
+	$(CHECKOV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r deploy/checkov.txt
 	@touch $@
 
 protos/v1/%_pb2.py: protos/v1/%.proto $(TOOLS)/.installed

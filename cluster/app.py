@@ -18,6 +18,7 @@ from cluster.config import HeadwaterConfig, from_tree, load
 from cluster.membership import MembershipFeed
 from protos.errors import ConfigError
 from protos.tls import PeerTLS
+from protos.tracing import Tracing
 from router.deployment import Router
 from workers.deployment import Worker
 from workers.drafter_deployment import Drafter
@@ -85,7 +86,13 @@ def _drafter(config: HeadwaterConfig, token: str) -> Application:
         ),
         request_router_config=RequestRouterConfig(request_router_class=MembershipFeed),
         **_life(config),
-    ).bind(config.drafter, target=config.worker.model.path, session_token=token, tls=_peer_tls(config))
+    ).bind(
+        config.drafter,
+        target=config.worker.model.path,
+        session_token=token,
+        tls=_peer_tls(config),
+        tracing=_tracing(config),
+    )
 
 
 def _worker(config: HeadwaterConfig, token: str, drafters: Application | None, *, local: bool) -> Application:
@@ -104,6 +111,7 @@ def _worker(config: HeadwaterConfig, token: str, drafters: Application | None, *
         threads=threads,
         drain_timeout_s=cluster.drain_timeout_s,
         tls=_peer_tls(config),
+        tracing=_tracing(config),
     )
 
 
@@ -118,7 +126,7 @@ def _router(config: HeadwaterConfig, token: str, workers: Application, *, local:
         Router,
         name=ROUTER_NAME,
         num_replicas=config.cluster.num_routers,
-        ray_actor_options={"num_cpus": config.cluster.router_cpus},
+        ray_actor_options={"num_cpus": config.cluster.router_cpus} | _on(config.cluster.router_labels),
         **placement,
         **_life(config),
     ).bind(
@@ -129,19 +137,35 @@ def _router(config: HeadwaterConfig, token: str, workers: Application, *, local:
         session_token=token,
         drain_timeout_s=config.cluster.drain_timeout_s,
         tls=_peer_tls(config),
+        tracing=_tracing(config),
         on_demand=not config.cluster.min_workers,
+        wanted=_wanted(config),
     )
+
+
+def _wanted(config: HeadwaterConfig) -> dict[str, int]:
+    cluster = config.cluster
+    return {"router": cluster.num_routers, "worker": cluster.min_workers, "drafter": cluster.num_drafters}
 
 
 def _peer_tls(config: HeadwaterConfig) -> PeerTLS | None:
     return config.cluster.tls.peer_tls if config.cluster.tls else None
 
 
+def _tracing(config: HeadwaterConfig) -> Tracing | None:
+    return config.cluster.tracing.tracing if config.cluster.tracing else None
+
+
 def _actor(cpus: float, gpus: float, labels: Mapping[str, str], *, threads: int) -> dict[str, Any]:
     """What Ray is told about a process that computes: what it reserves, on which nodes, with how many threads."""
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # read once, when torch loads
     options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
-    return options | ({"label_selector": dict(labels)} if labels else {})
+    return options | _on(labels)
+
+
+def _on(labels: Mapping[str, str]) -> dict[str, Any]:
+    """What Ray is told about where a process may run."""
+    return {"label_selector": dict(labels)} if labels else {}
 
 
 def _life(config: HeadwaterConfig) -> dict[str, Any]:

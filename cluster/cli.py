@@ -8,12 +8,14 @@ import typer
 from rich.console import Console
 
 from cluster.commands.bench import ITS_OWN_OPTIONS, bench
+from cluster.commands.deploy import deploy
 from cluster.commands.doctor import doctor
 from cluster.commands.generate import generate
 from cluster.commands.inspect import models, score, tokenize
 from cluster.commands.key import api_key
 from cluster.commands.operate import drain, explain, pin, topology
 from cluster.commands.serve import serve
+from cluster.commands.top import top
 from protos.errors import HeadwaterError, SetupError
 
 app = typer.Typer(
@@ -23,9 +25,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, doctor, generate, score, tokenize, models, topology, explain, drain, pin, api_key):
+for command in (serve, doctor, generate, score, tokenize, models, top, topology, explain, drain, pin, api_key):
     app.command()(command)
 app.command(context_settings=ITS_OWN_OPTIONS)(bench)
+app.add_typer(deploy)
 
 
 def main() -> None:

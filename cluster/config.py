@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from protos.errors import ConfigError
 from protos.tls import DEFAULT_SERVER_NAME, PeerTLS
+from protos.tracing import Tracing
 from router.config import RouterConfig, Section
 from router.yaml_loader import StrictLoader
 from workers.config import DrafterConfig, WorkerConfig
@@ -59,6 +60,26 @@ class PeerTLSSection(Section):
         return PeerTLS(cert_file, key_file, ca_file, self.server_name)
 
 
+class TracingSection(Section):
+    """Traces of requests, one each across router, worker and drafter, sent by OTLP over gRPC: docs/tracing.md."""
+
+    endpoint: str = Field(min_length=1, description="The collector, host:port; 4317 is the usual port.")
+    sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of requests that are traced, of those that come without a trace; callers decide for theirs.",
+    )
+    tls: bool = Field(default=False, description="Encrypt the way to the collector.")
+    ca_file: Path | None = Field(default=None, description="The authority of its certificate; empty: the system's.")
+
+    @property
+    def tracing(self) -> Tracing:
+        """For the processes, which may run in another directory."""
+        ca_file = self.ca_file and self.ca_file.absolute()
+        return Tracing(self.endpoint, self.sample_ratio, is_tls=self.tls, ca_file=ca_file)
+
+
 class AutoscalingSection(Section):
     """As many workers as there is work for: docs/autoscaling.md."""
 
@@ -100,9 +121,10 @@ class ClusterSection(Section):
     drafter_cpus: float = Field(default=0.1, ge=0, description="CPUs of Ray's count that one drafter reserves.")
     worker_gpus: float = Field(default=0, ge=0, description="GPUs of Ray's count that one worker reserves.")
     drafter_gpus: float = Field(default=0, ge=0, description="GPUs of Ray's count that one drafter reserves.")
-    worker_labels: dict[str, str] = Field(
-        default={}, description="Labels of the nodes that may have workers, as Ray's label selectors; empty: any."
+    router_labels: dict[str, str] = Field(
+        default={}, description="Labels of the nodes that may have routers, as Ray's label selectors; empty: any."
     )
+    worker_labels: dict[str, str] = Field(default={}, description="The same for workers.")
     drafter_labels: dict[str, str] = Field(
         default={}, description="The same for drafters: other nodes than the workers', where there are any."
     )
@@ -116,6 +138,7 @@ class ClusterSection(Section):
     tls: PeerTLSSection | None = Field(
         default=None, description="Certificates of routers, workers and drafters; empty: plain text between them."
     )
+    tracing: TracingSection | None = Field(default=None, description="Traces of requests; empty: none.")
     log_dir: Path = Field(default=Path(".headwater/logs"), description="Where the driver's log goes.")
     ray: RaySection = RaySection()
 

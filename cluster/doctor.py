@@ -14,7 +14,9 @@ from cluster.config import HeadwaterConfig
 from cluster.machine import SHARED_MEMORY, Machine
 from cluster.preflight import check_model
 from protos.errors import SetupError
+from workers.config import KernelsSection
 from workers.finding import Finding
+from workers.kernels.build import library_of
 from workers.kernels.variants import GENERIC, VARIANTS, named
 from workers.model.config import ModelConfig
 from workers.versions import COMPANIONS, Distributions, check_versions, is_cpu_build, vllm_build
@@ -103,7 +105,7 @@ def _processor(config: HeadwaterConfig, installed: Distributions, machine: Machi
     uses_kernels = engine.kind == "torch" or (_is_vllm(config) and engine.vllm.attention == "shared")
     yield _instructions(machine, needs_avx2=_is_vllm(config) and is_cpu_build(installed))
     if uses_kernels and engine.kernels.variant != "off":
-        yield _kernels(engine.kernels.variant, machine)
+        yield _kernels(engine.kernels, machine)
 
 
 def _instructions(machine: Machine, *, needs_avx2: bool) -> Finding:
@@ -115,15 +117,21 @@ def _instructions(machine: Machine, *, needs_avx2: bool) -> Finding:
     return Finding.warning("instructions", "neither AVX2 nor AVX-512: slow", "use a machine with AVX2 or AVX-512")
 
 
-def _kernels(name: str, machine: Machine) -> Finding:
-    remedy = "install one, for example g++ 11 or later, or build the kernels ahead of time (docs/engines.md)"
+def _kernels(kernels: KernelsSection, machine: Machine) -> Finding:
+    name, remedy = kernels.variant, "install one, for example g++ 11 or later, or build the kernels ahead of time"
     if name != "auto" and not named(name).runs_on(machine.cpu_features):
         return Finding.failed(
             "kernels", f"this processor cannot run {name}", "set worker.engine.kernels.variant to auto"
         )
+    best = next(variant for variant in VARIANTS if variant.runs_on(machine.cpu_features))
+    wanted = best if name == "auto" else named(name)
+    if library_of(wanted, kernels.directory).exists():
+        return Finding.ok("kernels", f"{wanted.name}, built")
     if not machine.compiler:
         return Finding.warning(
-            "kernels", "no C++ compiler: without kernels, plain torch is several times slower", remedy
+            "kernels",
+            "no C++ compiler: without kernels, plain torch is several times slower",
+            f"{remedy} (docs/engines.md)",
         )
     return Finding.ok("kernels", f"{name}, compiler {machine.compiler}")
 

@@ -1,4 +1,4 @@
-"""Between frozen messages and the wire of a router-worker session.
+"""Between frozen messages and the wire: of a router-worker session, and of what routers tell to operators.
 
 On a request's path this stands twice on either side of the session: the router turns a `Request` into a `Submit`, the
 worker turns it back; the worker turns a `Delta` or `Failure` into a `WorkerDelta`, the router turns it back.
@@ -12,6 +12,7 @@ from types import MappingProxyType
 from protos import errors
 from protos.messages import (
     Delta,
+    EngineTotals,
     Failure,
     Finish,
     FinishReason,
@@ -25,14 +26,30 @@ from protos.messages import (
     Sampling,
     Speculation,
 )
+from protos.overview import Latency, Overview, WorkerOverview, WorkerState
+from protos.v1 import cluster_pb2 as cluster_pb
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import session_pb2 as session_pb
+from protos.v1 import totals_pb2 as totals_pb
 
 _REASON_TO_PROTO: MappingProxyType[FinishReason, pb.FinishReason.ValueType] = MappingProxyType(
     {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH, "abort": pb.FINISH_REASON_ABORT}
 )
 _REASON_FROM_PROTO: MappingProxyType[int, FinishReason] = MappingProxyType(
     {number: reason for reason, number in _REASON_TO_PROTO.items()}
+)
+
+_STATE_TO_PROTO: MappingProxyType[WorkerState, cluster_pb.WorkerState.ValueType] = MappingProxyType(
+    {
+        "unknown": cluster_pb.WORKER_STATE_UNSPECIFIED,
+        "connecting": cluster_pb.WORKER_STATE_CONNECTING,
+        "warming": cluster_pb.WORKER_STATE_WARMING,
+        "ready": cluster_pb.WORKER_STATE_READY,
+        "draining": cluster_pb.WORKER_STATE_DRAINING,
+    }
+)
+_STATE_FROM_PROTO: MappingProxyType[int, WorkerState] = MappingProxyType(
+    {number: state for state, number in _STATE_TO_PROTO.items()}
 )
 
 _SPECULATION_TO_PROTO: MappingProxyType[Speculation, pb.Speculation.ValueType] = MappingProxyType(
@@ -56,6 +73,7 @@ def submit_to_proto(request: Request) -> session_pb.Submit:
         deadline=request.deadline or 0.0,
         speculation=speculation_to_proto(request.speculation),
         prefix_source=prefix_source_to_proto(request.prefix_source),
+        traceparent=request.traceparent,
     )
 
 
@@ -72,6 +90,7 @@ def submit_from_proto(submit: session_pb.Submit) -> Request:
         resume=tuple(resume_from_proto(point) for point in submit.resume),
         speculation=speculation_from_proto(submit.speculation),
         prefix_source=prefix_source_from_proto(submit.prefix_source) if submit.HasField("prefix_source") else None,
+        traceparent=submit.traceparent,
     )
 
 
@@ -284,6 +303,16 @@ def load_from_proto(message: session_pb.WorkerLoad) -> Load:
     )
 
 
+def totals_to_proto(totals: EngineTotals) -> totals_pb.EngineTotals:
+    """An engine's totals as a wire message, whose fields have the same names."""
+    return totals_pb.EngineTotals(**totals._asdict())
+
+
+def totals_from_proto(message: totals_pb.EngineTotals) -> EngineTotals:
+    """An engine's totals from a wire message."""
+    return EngineTotals(*(getattr(message, name) for name in EngineTotals._fields))
+
+
 def kv_events_to_proto(events: KVEvents) -> session_pb.KVEvents:
     """Changes of a prefix cache as a wire message."""
     return session_pb.KVEvents(
@@ -294,3 +323,82 @@ def kv_events_to_proto(events: KVEvents) -> session_pb.KVEvents:
 def kv_events_from_proto(message: session_pb.KVEvents) -> KVEvents:
     """Changes of a prefix cache from a wire message."""
     return KVEvents(message.sequence, tuple(message.stored), tuple(message.removed), message.snapshot)
+
+
+def overview_to_proto(overview: Overview) -> cluster_pb.GetOverviewResponse:
+    """What one router tells, as a wire message."""
+    [router_id] = overview.router_ids
+    return cluster_pb.GetOverviewResponse(
+        router_id=router_id,
+        model=overview.model,
+        window_s=overview.window_s,
+        num_live=overview.num_live,
+        num_waiting=overview.num_waiting,
+        outcomes=overview.outcomes,
+        time_to_first_token=_latency_to_proto(overview.time_to_first_token),
+        inter_token=_latency_to_proto(overview.inter_token),
+        generation_history=overview.generation_history,
+        prompt_history=overview.prompt_history,
+        workers=map(_worker_to_proto, overview.workers),
+    )
+
+
+def overview_from_proto(message: cluster_pb.GetOverviewResponse) -> Overview:
+    """What one router tells, from a wire message."""
+    return Overview(
+        router_ids=(message.router_id,),
+        model=message.model,
+        window_s=message.window_s,
+        num_live=message.num_live,
+        num_waiting=message.num_waiting,
+        outcomes=dict(message.outcomes),
+        time_to_first_token=_latency_from_proto(message.time_to_first_token),
+        inter_token=_latency_from_proto(message.inter_token),
+        generation_history=tuple(message.generation_history),
+        prompt_history=tuple(message.prompt_history),
+        workers=tuple(map(_worker_from_proto, message.workers)),
+    )
+
+
+def state_to_proto(state: WorkerState) -> cluster_pb.WorkerState.ValueType:
+    """A worker's state on the wire."""
+    return _STATE_TO_PROTO[state]
+
+
+def state_from_proto(number: int) -> WorkerState:
+    """`unknown` for states of later versions."""
+    return _STATE_FROM_PROTO.get(number, "unknown")
+
+
+def _latency_to_proto(latency: Latency) -> cluster_pb.Latency:
+    return cluster_pb.Latency(bounds=latency.bounds, counts=latency.counts)
+
+
+def _latency_from_proto(message: cluster_pb.Latency) -> Latency:
+    return Latency(tuple(message.bounds), tuple(message.counts))
+
+
+def _worker_to_proto(worker: WorkerOverview) -> cluster_pb.WorkerOverview:
+    return cluster_pb.WorkerOverview(
+        worker_id=worker.worker_id,
+        state=state_to_proto(worker.state),
+        num_running=worker.num_running,
+        num_waiting=worker.num_waiting,
+        kv_used_tokens=worker.kv_used_tokens,
+        kv_capacity_tokens=worker.kv_capacity_tokens,
+        recent=totals_to_proto(worker.recent),
+        window=totals_to_proto(worker.window),
+    )
+
+
+def _worker_from_proto(message: cluster_pb.WorkerOverview) -> WorkerOverview:
+    return WorkerOverview(
+        worker_id=message.worker_id,
+        state=state_from_proto(message.state),
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        kv_used_tokens=message.kv_used_tokens,
+        kv_capacity_tokens=message.kv_capacity_tokens,
+        recent=totals_from_proto(message.recent),
+        window=totals_from_proto(message.window),
+    )

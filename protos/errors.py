@@ -21,7 +21,9 @@
     ├── EngineFailure           INTERNAL
     └── SetupError              (never on the wire: the program ends with it)
         ├── ConfigError
-        └── ModelError
+        ├── ModelError
+        ├── ManifestError
+        └── KubernetesError
 
 A message gives the value, the limit and the remedy.
 """
@@ -160,6 +162,14 @@ class ConfigError(SetupError):
 
 class ModelError(SetupError):
     """A model directory is missing, truncated or of a kind that is not supported."""
+
+
+class ManifestError(SetupError):
+    """A Kubernetes manifest cannot be read; the message names the file and the document in it."""
+
+
+class KubernetesError(SetupError):
+    """A Kubernetes cluster cannot be reached, or refuses what was asked of it."""
 
 
 def _leaves(root: type[HeadwaterError]) -> dict[str, type[HeadwaterError]]:

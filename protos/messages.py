@@ -80,6 +80,7 @@ class Request:
     resume: tuple[ResumePoint, ...] = ()
     speculation: Speculation = "auto"
     prefix_source: PrefixSource | None = None
+    traceparent: str = ""  # of the span that it is a part of; empty: it is not traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,24 @@ class Load(NamedTuple):
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
     draining: bool = False
+
+
+class EngineTotals(NamedTuple):
+    """What an engine has done, since it started or within a time. Worker to router, router to operators."""
+
+    seconds: float = 0.0  # the time, by the worker's clock
+    num_steps: int = 0  # that computed something
+    num_step_outputs: int = 0  # that took part in them, summed
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries_tokens: int = 0  # looked up in the prefix cache
+    prefix_hit_tokens: int = 0  # of those, found
+    attention_keys: int = 0  # that outputs attended to, each by itself
+    attention_read_keys: int = 0  # that were read for it
+    budget_tokens: int = 0  # of steps that left prompt tokens for later
+    budget_used_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those
 
 
 class KVEvents(NamedTuple):

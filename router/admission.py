@@ -338,6 +338,8 @@ class Admission:
         self._gave_up = True
         self._connected.set()
         for entry in list(self._dispatcher):
+            if entry.last_error is not None:  # it had a worker, and waited for another
+                self._metrics.recoveries.labels("given_up").inc()
             entry.group.fail(entry.last_error or self._no_worker())
             self.release(entry.group)
 

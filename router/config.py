@@ -33,10 +33,11 @@ class GrpcSection(Section):
 
 
 class MetricsSection(Section):
-    """The Prometheus endpoint."""
+    """The HTTP port: the Prometheus endpoint and the live page."""
 
     host: str = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=9100, ge=0, le=65535, description="Port to bind; 0: any free one.")
+    page: bool = Field(default=True, description="Show whoever reaches the port a live page of the cluster's load.")
 
 
 class LimitsSection(Section):

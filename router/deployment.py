@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from protos.tls import PeerTLS
+from protos.tracing import Tracing
 from router.config import RouterConfig
 from router.server import RouterServer
 
@@ -53,9 +54,11 @@ class Router:
         session_token: str,
         drain_timeout_s: float,
         tls: PeerTLS | None = None,
+        tracing: Tracing | None = None,
         on_demand: bool = False,
+        wanted: Mapping[str, int] | None = None,
     ) -> None:
-        """`on_demand`: there may be no worker until one is called for."""
+        """`on_demand`: there may be no worker until one is called for. `wanted`: processes by role, for the metrics."""
         self._loop = asyncio.get_running_loop()
         self._drain_timeout_s = drain_timeout_s
         self._router_id = serve.get_replica_context().replica_id.unique_id
@@ -66,8 +69,10 @@ class Router:
             tokenizer_dir=tokenizer_dir,
             session_token=session_token,
             peer_tls=tls,
+            tracing=tracing,
             router_id=self._router_id,
             on_demand=on_demand,
+            wanted=wanted,
         )
         self._address = await self._server.start()
         self._workers = workers.options()  # an open handle keeps Serve's membership feed running

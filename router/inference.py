@@ -16,8 +16,10 @@ from functools import partial
 from protos import errors
 from protos.convert import speculation_from_proto
 from protos.messages import ModelInfo, Request, Sampling
+from protos.tracing import Tracer, current
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
+from router import spans
 from router.admission import Admission
 from router.calls import Calls, Context
 from router.fleet import Fleet
@@ -45,6 +47,7 @@ class Inference(pb_grpc.InferenceServicer):
         fleet: Fleet,
         calls: Calls,
         pacer: Pacer,
+        tracer: Tracer,
         router_id: str,
     ) -> None:
         self._rules = rules
@@ -54,6 +57,7 @@ class Inference(pb_grpc.InferenceServicer):
         self._fleet = fleet
         self._calls = calls
         self._pacer = pacer
+        self._tracer = tracer
         self._router_id = router_id
         self._serial = itertools.count(1)
 
@@ -108,7 +112,9 @@ class Inference(pb_grpc.InferenceServicer):
 
     def _tell_route(self, group: Group, context: Context) -> None:
         """Say in the call's trailer which worker ran the group, and why that one."""
-        if decision := self._admission.decision(group):
+        decision = self._admission.decision(group)
+        spans.record(self._tracer, current(), group, decision)
+        if decision is not None:
             context.set_trailing_metadata(((WORKER_TRAILER, decision.worker_id), (ROUTE_TRAILER, str(decision))))
 
     async def _tokenize(self, request: pb.TokenizeRequest, _: Tenant) -> pb.TokenizeResponse:
@@ -148,6 +154,7 @@ class Inference(pb_grpc.InferenceServicer):
             deadline=time.time() + remaining_s,
             resume=check_received(request.received, sampling, has_seed=request.sampling.HasField("seed"), model=model),
             speculation=speculation_from_proto(request.speculation),
+            traceparent=current().traceparent,
         )
         group_id = _group_id(tenant, client_id)
         stream = Stream(worker_request, client_id=client_id, group_id=group_id, model=model.name, created=started)
@@ -197,6 +204,7 @@ class Inference(pb_grpc.InferenceServicer):
             token_ids=shared + continuation,
             sampling=Sampling(seed=0, max_tokens=0, temperature=0.0, prompt_logprobs=0),
             prompt_logprobs_from=len(shared),
+            traceparent=current().traceparent,
         )
 
     async def _continuation(self, index: int, continuation: pb.Continuation, *, is_text: bool) -> tuple[int, ...]:

@@ -6,12 +6,18 @@ The router owns the latencies a client feels: it sees every frame of every worke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import prometheus_client as prometheus
+from prometheus_client.samples import Sample
 
 from protos.errors import SetupError
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
@@ -21,6 +27,10 @@ PACK_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 REQUEST_BUCKETS = (*(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),)
 
 PREDICTION_ERROR_BUCKETS = (0, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+# Labels that are exported from the start: of a series that begins at 1, Prometheus would never see the first increase.
+OUTCOMES = ("stop", "length", "EngineFailure", "WorkerLost", "NoWorker", "Overloaded")
+LOSS_REASONS = ("silent", "closed", "connection", "protocol")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,15 @@ class WorkerSeries:
     e2e_latency: prometheus.Histogram
     prompt_tokens: prometheus.Counter
     generation_tokens: prometheus.Counter
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCounts:
+    """What a router has counted since it started, for the overview."""
+
+    first_tokens: Mapping[str, Sequence[int]]  # in the buckets of the time to first token, by worker
+    next_tokens: Mapping[str, Sequence[int]]  # of the inter-token latency
+    outcomes: Mapping[str, int]  # calls that ended, by how
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +178,18 @@ class RouterMetrics:
             ["outcome"],
             registry=registry,
         )
+        self._wanted = prometheus.Gauge(
+            "headwater_processes_wanted",
+            "Processes that the configuration asks for, of workers the fewest: router, worker and drafter.",
+            ["role"],
+            registry=registry,
+        )
+        self._max_queued_requests = prometheus.Gauge(
+            "headwater_queue_max_requests", "Requests that may wait for a worker.", registry=registry
+        )
+        self._max_queued_tokens = prometheus.Gauge(
+            "headwater_queue_max_tokens", "Prompt tokens that may wait for a worker.", registry=registry
+        )
         self.packs = PackSeries(
             prometheus.Histogram(
                 "headwater_pack_requests",
@@ -173,6 +204,17 @@ class RouterMetrics:
                 "headwater_pack_budget_tokens", "Budgets of those packs: a step of the worker each.", registry=registry
             ),
         )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        for outcome in OUTCOMES:
+            self.requests.labels("Generate", outcome)
+        for reason in LOSS_REASONS:
+            self.worker_losses.labels(reason)
+        for outcome in ("resumed", "given_up"):
+            self.recoveries.labels(outcome)
+        for reason in ("gap", "error"):
+            self.index_resyncs.labels(reason)
 
     def worker(self, worker_id: str) -> WorkerSeries:
         """The series of one worker; they exist until `forget`."""
@@ -183,6 +225,14 @@ class RouterMetrics:
             self._prompt_tokens,
             self._generation_tokens,
         )
+
+    def counts(self, methods: Collection[str]) -> RouterCounts:
+        """What the overview needs; the outcomes are those of these methods. Takes a while with many workers."""
+        outcomes = dict[str, int]()
+        for sample in _samples(self.requests, "_total"):
+            if sample.labels["method"] in methods:
+                outcomes[sample.labels["outcome"]] = outcomes.get(sample.labels["outcome"], 0) + int(sample.value)
+        return RouterCounts(_bucket_counts(self._ttft), _bucket_counts(self._itl), outcomes)
 
     def forget(self, worker_id: str) -> None:
         """Remove the series of a worker that left."""
@@ -196,6 +246,16 @@ class RouterMetrics:
         self._requests_live.set_function(live)
         self._queue_requests.set_function(requests)
         self._queue_tokens.set_function(tokens)
+
+    def limit(self, *, max_queued_requests: int, max_queued_tokens: int) -> None:
+        """What may wait, beside what does."""
+        self._max_queued_requests.set(max_queued_requests)
+        self._max_queued_tokens.set(max_queued_tokens)
+
+    def want(self, processes: Mapping[str, int]) -> None:
+        """How many there should be of each role, beside how many there are."""
+        for role, count in processes.items():
+            self._wanted.labels(role).set(count)
 
     def watch_index(self, num_blocks: Callable[[], float]) -> None:
         """Read the index's gauge from this at each scrape."""
@@ -213,11 +273,23 @@ class RouterMetrics:
             self._workers.labels(state).set_function(count)
 
 
-class MetricsServer:
-    """Serves a registry over HTTP from a thread of its own. Owned by RouterServer."""
+def _samples(metric: prometheus.Counter | prometheus.Histogram, suffix: str) -> list[Sample]:
+    return [sample for family in metric.collect() for sample in family.samples if sample.name.endswith(suffix)]
 
-    def __init__(self, registry: prometheus.CollectorRegistry, *, host: str, port: int) -> None:
-        """Raises SetupError if the port cannot be bound."""
+
+def _bucket_counts(histogram: prometheus.Histogram) -> dict[str, tuple[int, ...]]:
+    """Of each worker, not cumulative."""
+    cumulative = dict[str, list[float]]()
+    for sample in _samples(histogram, "_bucket"):
+        cumulative.setdefault(sample.labels["worker"], [0.0]).append(sample.value)
+    return {worker: tuple(int(b - a) for a, b in pairwise(values)) for worker, values in cumulative.items()}
+
+
+class MetricsServer:
+    """Serves the metrics, and what else there is, over HTTP from a thread of its own. Owned by RouterServer."""
+
+    def __init__(self, registry: prometheus.CollectorRegistry, *, host: str, port: int, site: WSGIApplication) -> None:
+        """`site`: what answers. Raises SetupError if the port cannot be bound."""
         try:
             self._server, self._thread = prometheus.start_http_server(port, host, registry)
         except OSError as error:
@@ -225,6 +297,7 @@ class MetricsServer:
                 f"the metrics port {host}:{port} cannot be bound ({error.strerror or error}); "
                 "stop what uses it or set metrics.port to a free port"
             ) from error
+        self._server.set_app(site)
         self.port = int(self._server.server_port)
 
     async def close(self) -> None:

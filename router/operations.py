@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import partial
 
 from protos.blocks import block_hashes
+from protos.convert import overview_to_proto, state_to_proto
 from protos.errors import EmptyPrompt, InvalidParameter, PermissionDenied
 from protos.v1 import cluster_pb2 as pb
 from protos.v1 import cluster_pb2_grpc as pb_grpc
@@ -17,17 +18,11 @@ from router.dispatch import Dispatcher
 from router.fleet import Fleet
 from router.pins import PinnedPrefix
 from router.routing.protocol import Ask, Policy
-from router.session import Session, SessionState
+from router.session import Session
 from router.tenants import Tenant, Tenants
 from router.tokenizer import Tokenizer
 from router.validation import Rules, check_prompt, decode_text
-
-_STATES: dict[SessionState, pb.WorkerState.ValueType] = {
-    "connecting": pb.WORKER_STATE_CONNECTING,
-    "ready": pb.WORKER_STATE_READY,
-    "draining": pb.WORKER_STATE_DRAINING,
-    "warming": pb.WORKER_STATE_WARMING,
-}
+from router.watch import Watch
 
 
 class Operations(pb_grpc.ClusterServicer):
@@ -44,6 +39,7 @@ class Operations(pb_grpc.ClusterServicer):
         dispatcher: Dispatcher,
         policy: Policy,
         calls: Calls,
+        watch: Watch,
         router_id: str,
     ) -> None:
         self._rules = rules
@@ -54,11 +50,16 @@ class Operations(pb_grpc.ClusterServicer):
         self._dispatcher = dispatcher
         self._policy = policy
         self._calls = calls
+        self._watch = watch
         self._router_id = router_id
 
     async def GetTopology(self, request: pb.GetTopologyRequest, context: Context) -> pb.GetTopologyResponse:
         """Every member, and what waits here."""
         return await self._calls.answer("GetTopology", context, self._topology)
+
+    async def GetOverview(self, request: pb.GetOverviewRequest, context: Context) -> pb.GetOverviewResponse:
+        """As of the last full second."""
+        return await self._calls.answer("GetOverview", context, self._overview)
 
     async def ExplainRoute(self, request: pb.ExplainRouteRequest, context: Context) -> pb.ExplainRouteResponse:
         """As a Generate of the same caller would be routed now."""
@@ -79,6 +80,10 @@ class Operations(pb_grpc.ClusterServicer):
     async def ListPins(self, request: pb.ListPinsRequest, context: Context) -> pb.ListPinsResponse:
         """The caller's own."""
         return await self._calls.answer("ListPins", context, self._list_pins)
+
+    async def _overview(self, tenant: Tenant) -> pb.GetOverviewResponse:
+        _check_admin(tenant)
+        return overview_to_proto(self._watch.overview)
 
     async def _topology(self, tenant: Tenant) -> pb.GetTopologyResponse:
         _check_admin(tenant)
@@ -102,7 +107,7 @@ class Operations(pb_grpc.ClusterServicer):
         return pb.Worker(
             worker_id=session.worker_id,
             address=session.address,
-            state=_STATES[session.state],
+            state=state_to_proto(session.state),
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             pending_prefill_tokens=load.pending_prefill_tokens,

@@ -13,7 +13,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from protos.errors import HeadwaterError, SetupError
+from protos.overview import Overview
 from protos.tls import Certificates, PeerTLS, server_credentials
+from protos.tracing import Tracer, Tracing
 from protos.v1 import cluster_pb2, cluster_pb2_grpc
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import inference_pb2_grpc as pb_grpc
@@ -27,6 +29,7 @@ from router.inference import Inference
 from router.metrics import MetricsServer, RouterMetrics
 from router.operations import Operations
 from router.pacer import Pacer
+from router.page.site import Site
 from router.pins import Pins
 from router.quota import Quotas
 from router.routing.accuracy import Accuracy
@@ -37,6 +40,7 @@ from router.stream import Stream
 from router.tenants import Tenants
 from router.tokenizer import Tokenizer
 from router.validation import Rules
+from router.watch import Watch
 
 INFERENCE_SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 CLUSTER_SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
@@ -64,16 +68,23 @@ class RouterServer:
         session_token: str,
         router_id: str,
         peer_tls: PeerTLS | None = None,
+        tracing: Tracing | None = None,
         on_demand: bool = False,
+        wanted: Mapping[str, int] | None = None,
     ) -> None:
-        """`peer_tls`: of the sessions with workers; None: plain text. `on_demand`: workers come when one is wanted."""
+        """`peer_tls`: of the sessions with workers; None: plain text. `on_demand`: workers come when one is wanted.
+
+        `wanted`: processes of each role that there should be, for the metrics alone.
+        """
         self._config = config
         self._model_name = model_name
         self._tokenizer_dir = tokenizer_dir
         self._session_token = session_token
         self._router_id = router_id
         self._peer_tls = peer_tls
+        self._tracing = tracing
         self._on_demand = on_demand
+        self._wanted = wanted
         self._running: _Running | None = None
 
     async def start(self) -> RouterAddress:
@@ -86,7 +97,9 @@ class RouterServer:
             self._model_name,
             Certificates.of_peer(self._peer_tls) if self._peer_tls else None,
         )
-        running = _Running(self._config, identity, tokenizer, on_demand=self._on_demand)
+        tracer = Tracer(self._tracing, role="router", instance=self._router_id)
+        running = _Running(self._config, identity, tokenizer, tracer, on_demand=self._on_demand)
+        running.metrics.want(self._wanted or {})
         try:
             address = await running.start()
         except BaseException:
@@ -126,11 +139,12 @@ class _Running:
     """The parts of a started router. Owned by RouterServer."""
 
     def __init__(
-        self, config: RouterConfig, identity: RouterIdentity, tokenizer: Tokenizer, *, on_demand: bool
+        self, config: RouterConfig, identity: RouterIdentity, tokenizer: Tokenizer, tracer: Tracer, *, on_demand: bool
     ) -> None:
         self._config = config
+        self._tracer = tracer
         self._on_demand = on_demand
-        self._metrics = metrics = RouterMetrics()
+        self.metrics = metrics = RouterMetrics()
         tenants, forecast = Tenants(config.tenants), Forecast()
         policy = make_policy(config.routing)
         index = PrefixIndex(config.routing.max_index_blocks)
@@ -155,7 +169,7 @@ class _Running:
             metrics=metrics,
             on_demand=on_demand,
         )
-        rules, calls = Rules(config.limits, identity.model_name), Calls(tenants, metrics)
+        rules, calls = Rules(config.limits, identity.model_name), Calls(tenants, metrics, tracer)
         self._service = Inference(
             rules,
             tokenizer=tokenizer,
@@ -164,7 +178,15 @@ class _Running:
             fleet=self.fleet,
             calls=calls,
             pacer=Pacer(config.streaming, self.fleet.pace),
+            tracer=tracer,
             router_id=identity.router_id,
+        )
+        self._overview_watch = Watch(
+            metrics,
+            self.fleet,
+            router_id=identity.router_id,
+            num_live=lambda: self._admission.num_live,
+            num_waiting=lambda: self._dispatcher.num_waiting,
         )
         self._operations = Operations(
             rules,
@@ -175,6 +197,7 @@ class _Running:
             dispatcher=self._dispatcher,
             policy=policy,
             calls=calls,
+            watch=self._overview_watch,
             router_id=identity.router_id,
         )
         self._server = grpc.aio.server(
@@ -182,7 +205,7 @@ class _Running:
         )
         self._health = health.aio.HealthServicer()
         self._health_due = asyncio.Event()
-        self._health_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._metrics_server: MetricsServer | None = None
 
     @property
@@ -198,10 +221,14 @@ class _Running:
         await self._set_health()
         self._watch()
         metrics = self._config.metrics
-        self._metrics_server = MetricsServer(self._metrics.registry, host=metrics.host, port=metrics.port)
+        site = Site(self.metrics.registry, self._look if metrics.page else None)
+        self._metrics_server = MetricsServer(self.metrics.registry, host=metrics.host, port=metrics.port, site=site)
         port = _bind(self._server, self._config.grpc)
         await self._server.start()
-        self._health_task = asyncio.create_task(self._keep_health(), name="router health")
+        self._tasks = [
+            asyncio.create_task(self._keep_health(), name="router health"),
+            asyncio.create_task(self._overview_watch.run(), name="router watch"),
+        ]
         return RouterAddress(f"{self._config.grpc.host}:{port}", f"{metrics.host}:{self._metrics_server.port}")
 
     async def stop(self, grace_s: float) -> None:
@@ -209,18 +236,19 @@ class _Running:
         await self._health.enter_graceful_shutdown()
         await self._admission.finish(grace_s)
         await self._server.stop(LAST_WORDS_S if grace_s else None)
-        if self._health_task is not None:
-            self._health_task.cancel()
-            await asyncio.gather(self._health_task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.fleet.close()
         self._admission.close()
         if self._metrics_server is not None:
             await self._metrics_server.close()
+        await asyncio.to_thread(self._tracer.close)
 
     def check(self) -> None:
-        task = self._health_task
-        if task is not None and task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise error
         self.fleet.check()
         self._admission.check()
 
@@ -237,6 +265,9 @@ class _Running:
         """See FleetOwner."""
         self._admission.stream_failed(session, stream, error)
 
+    def _look(self) -> Overview:
+        return self._overview_watch.overview
+
     async def _keep_health(self) -> None:
         while True:
             await self._health_due.wait()
@@ -252,14 +283,16 @@ class _Running:
 
     def _watch(self) -> None:
         admission, dispatcher, fleet = self._admission, self._dispatcher, self.fleet
-        self._metrics.watch_queue(
+        limits = self._config.limits
+        self.metrics.limit(max_queued_requests=limits.max_queued_requests, max_queued_tokens=limits.max_queued_tokens)
+        self.metrics.watch_queue(
             live=lambda: admission.num_live,
             requests=lambda: dispatcher.num_waiting,
             tokens=lambda: dispatcher.waiting_work.prefill_tokens,
         )
         states: tuple[SessionState, ...] = ("connecting", "warming", "ready", "draining")
-        self._metrics.watch_index(lambda: fleet.index.num_blocks)
-        self._metrics.watch_workers({state: lambda state=state: fleet.num_in(state) for state in states})  # type: ignore[misc]
+        self.metrics.watch_index(lambda: fleet.index.num_blocks)
+        self.metrics.watch_workers({state: lambda state=state: fleet.num_in(state) for state in states})  # type: ignore[misc]
 
 
 def _server_options(config: GrpcSection) -> list[tuple[str, int]]:

@@ -24,9 +24,10 @@ from protos.convert import (
     load_from_proto,
     pin_to_proto,
     submit_to_proto,
+    totals_from_proto,
 )
 from protos.errors import HeadwaterError
-from protos.messages import Failure, KVEvents, Load, ModelInfo, Pin, PrefixSource
+from protos.messages import EngineTotals, Failure, KVEvents, Load, ModelInfo, Pin, PrefixSource
 from protos.tls import Certificates, channel_credentials, channel_options, grpc_reason
 from protos.v1 import session_pb2 as session_pb
 from protos.v1 import session_pb2_grpc as session_grpc
@@ -119,6 +120,7 @@ class Session:
         self.limits: WorkerLimits | None = None  # known while connected
         self.is_held = False  # an operator wants it to get no new work
         self.load = Load()
+        self.totals: EngineTotals | None = None  # as last told, while connected
         self.reservations = Reservations()
         self._config = config
         self._identity = identity
@@ -380,7 +382,7 @@ class Session:
         streams = list(self._live.values())
         for stream in streams:
             self._forget(stream.request.request_id)
-        self.model, self.limits, self.load = None, None, Load()
+        self.model, self.limits, self.load, self.totals = None, None, Load(), None
         self._pack.clear()
         self._cancels.clear()
         self._wants_resync = False
@@ -438,6 +440,8 @@ class Session:
                 self._deliver(frame.step.deltas)
             case "heartbeat":
                 self._set_load(frame.heartbeat.load)
+                if frame.heartbeat.HasField("totals"):
+                    self.totals = totals_from_proto(frame.heartbeat.totals)
 
     def _greet(self, hello: session_pb.WorkerHello) -> None:
         if self.model is not None:
@@ -450,6 +454,7 @@ class Session:
         self.model = ModelInfo(hello.model, hello.max_context, hello.vocab_size)
         self.limits = WorkerLimits(hello.page_size, hello.max_running, hello.step_tokens, hello.fetches_prefixes)
         self.load = load_from_proto(hello.load)
+        self.totals = totals_from_proto(hello.totals) if hello.HasField("totals") else None
         self.pace(self._interval_s)
         logger.info("worker %s at %s is connected", self.worker_id, self.address)
         self._owner.greeted(self)

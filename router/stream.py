@@ -14,6 +14,7 @@ from dataclasses import replace
 from protos.convert import logprobs_to_proto, output_to_proto
 from protos.errors import EngineFailure, HeadwaterError
 from protos.messages import Delta, Finish, FinishReason, Request, ResumePoint, joined
+from protos.tracing import Event
 from protos.v1 import inference_pb2 as pb
 from router.metrics import WorkerSeries
 from router.work import Work
@@ -52,14 +53,15 @@ class Stream:
         self.prefill_tokens = len(request.token_ids) if prefill_tokens is None else prefill_tokens
         self._model = model
         self._clock = clock
-        self._created = created
+        self.created = created
+        self.placed: float | None = None  # when a worker was chosen, the first time
         self._series: WorkerSeries | None = None
         self._pending: list[Delta] = []
         self._tokens = {point.index: list(point.token_ids) for point in request.resume}  # of each output so far
         self._finishes: dict[int, FinishReason] = {point.index: "stop" for point in request.resume if point.finished}
         self._num_given = len(self._tokens.get(0, ()))  # by the client
         self._prompt_is_scored = False
-        self._num_resumes = 0
+        self._resumed: list[float] = []  # when
         self._first_token_at = 0.0
         self._last_token: dict[int, float] = {}  # output index: when its latest tokens came
         self.cached_tokens: int | None = None  # of the prompt, as the first worker said
@@ -75,7 +77,7 @@ class Stream:
     @property
     def age_s(self) -> float:
         """Seconds since the request arrived."""
-        return self._clock() - self._created
+        return self._clock() - self.created
 
     @property
     def usage(self) -> pb.Usage:
@@ -93,6 +95,12 @@ class Stream:
             return type(self.error).__name__
         reasons = set(self._finishes.values())
         return next((reason for reason in ("abort", "length", "stop") if reason in reasons), "live")
+
+    @property
+    def events(self) -> list[Event]:
+        """What has happened to it, for its trace."""
+        first = [Event("first token", self._first_token_at)] if self._first_token_at else []
+        return first + [Event("went on elsewhere", at) for at in self._resumed]
 
     @property
     def work(self) -> Work:
@@ -127,6 +135,8 @@ class Stream:
         """A worker was chosen, the first one or another after a loss."""
         if self._series is None:
             series.prompt_tokens.inc(self.prefill_tokens)
+        if self.placed is None:
+            self.placed = self._clock()
         self.worker_id = worker_id
         self.was_sent = self.has_progressed = False
         self._series = series
@@ -138,8 +148,8 @@ class Stream:
         sampling = self.request.sampling
         if self._prompt_is_scored:
             sampling = replace(sampling, prompt_logprobs=None)
-        self._num_resumes += 1
-        request_id = f"{self._first_id}~{self._num_resumes}"  # one that no worker has seen
+        self._resumed.append(self._clock())
+        request_id = f"{self._first_id}~{len(self._resumed)}"  # one that no worker has seen
         self.request = replace(self.request, request_id=request_id, resume=tuple(points), sampling=sampling)
 
     def deliver(self, delta: Delta) -> None:
@@ -204,7 +214,7 @@ class Stream:
         if last is not None:
             self._series.inter_token_latency.observe((now - last) / len(delta.token_ids))
         elif not self._last_token:
-            self._series.time_to_first_token.observe(now - self._created)
+            self._series.time_to_first_token.observe(now - self.created)
             self._first_token_at = now
         self._last_token[delta.index] = now
         self.num_completion_tokens += len(delta.token_ids)

@@ -21,6 +21,7 @@ from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 
 from protos.tls import PeerTLS
+from protos.tracing import Tracing
 from workers.config import DrafterConfig, SessionSection, WorkerConfig
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Worker:
         threads: int,
         drain_timeout_s: float,
         tls: PeerTLS | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         from workers.server import WorkerServer  # brings torch: only the replica needs it
 
@@ -57,6 +59,7 @@ class Worker:
             local_rank=context.rank.local_rank,
             threads=threads,
             puller=_RayPuller(context.replica_id),
+            tracing=tracing,
         )
         self._address = await self._server.start()
         self._drafters = drafters and drafters.options()  # an open handle keeps Serve's membership feed running

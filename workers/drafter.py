@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from protos.tls import PeerTLS
+from protos.tracing import Tracer, Tracing
 from workers.config import DrafterConfig
 from workers.metrics import MetricsServer
 from workers.speculative.factory import make_draft_server
@@ -34,6 +35,7 @@ class DrafterProcess:
         target: Path,
         token: str,
         tls: PeerTLS | None = None,
+        tracing: Tracing | None = None,
         drafter_id: str = "0",
         local_rank: int = 0,
     ) -> None:
@@ -42,6 +44,7 @@ class DrafterProcess:
         self._target = target
         self._token = token
         self._tls = tls
+        self._tracing = tracing
         self._drafter_id = drafter_id
         self._local_rank = local_rank
         self._server: DraftServer | None = None  # until started
@@ -51,7 +54,9 @@ class DrafterProcess:
         """Load the models and listen. Raises SetupError, and then nothing is left behind. Takes seconds."""
         config = self._config
         with ExitStack() as exits:
-            server = make_draft_server(config, target=self._target, token=self._token, tls=self._tls)
+            tracer = Tracer(self._tracing, role="drafter", instance=self._drafter_id)
+            exits.callback(tracer.close)
+            server = make_draft_server(config, target=self._target, token=self._token, tls=self._tls, tracer=tracer)
             disable_created_metrics()  # type: ignore[no-untyped-call]
             registry = CollectorRegistry()
             registry.register(DrafterCollector(self._target.name, self._drafter_id, lambda: server.stats))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray import serve
 
 from protos.tls import PeerTLS
+from protos.tracing import Tracing
 from workers.config import DrafterConfig
 from workers.deployment import on_this_node
 
@@ -22,7 +23,13 @@ class Drafter:
     _process: DrafterProcess | None = None  # until the constructor got that far
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: DrafterConfig, *, target: Path, session_token: str, tls: PeerTLS | None = None
+        self,
+        config: DrafterConfig,
+        *,
+        target: Path,
+        session_token: str,
+        tls: PeerTLS | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         from workers.drafter import DrafterProcess  # brings torch: only the replica needs it
 
@@ -32,6 +39,7 @@ class Drafter:
             target=target,
             token=session_token,
             tls=tls,
+            tracing=tracing,
             drafter_id=context.replica_id.unique_id,
             local_rank=context.rank.local_rank,
         )

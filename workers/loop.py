@@ -21,6 +21,8 @@ from tokenizers import Tokenizer
 
 from protos.errors import DeadlineExceeded, Draining, EngineFailure, HeadwaterError
 from protos.messages import Delta, Failure, KVEvents, Load, Pin, Request, TokenDelta
+from protos.tracing import Tracer
+from workers import spans
 from workers.engine.protocol import Engine, EngineStats, StepResult
 from workers.kv.block import HeldBlock
 from workers.metrics import WorkerMetrics
@@ -122,6 +124,7 @@ class _Live:
     num_prompt: int
     outputs: dict[int, OutputText]
     arrived: float
+    traceparent: str = ""
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -145,9 +148,11 @@ class EngineLoop:
         deliver: Callable[[list[Frame]], None],
         stall_s: float,
         niceness: int = 0,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`niceness`: by how much this thread gives way to others on shared cores."""
+        """`niceness`: by how much this thread gives way to others on shared cores; `tracer` None: traces nothing."""
         self._engine = engine
+        self._tracer = tracer or Tracer(None, role="worker", instance="")
         self._niceness = niceness
         self._texts = TokenTexts(tokenizer)
         self._metrics = metrics
@@ -399,7 +404,12 @@ class EngineLoop:
         if not resumption.outputs:
             return
         self._live[engine_id] = _Live(
-            session, request.request_id, len(request.token_ids), resumption.outputs, arrived=time.monotonic()
+            session,
+            request.request_id,
+            len(request.token_ids),
+            resumption.outputs,
+            arrived=time.monotonic(),
+            traceparent=request.traceparent,
         )
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, engine_id))
@@ -411,6 +421,7 @@ class EngineLoop:
             _, engine_id = heapq.heappop(self._deadlines)
             if live := self._live.pop(engine_id, None):
                 self._engine.cancel(engine_id)
+                spans.record(self._tracer, live, DeadlineExceeded.__name__, time.monotonic(), is_failure=True)
                 message = "the deadline passed while the request ran; allow more time or ask for fewer tokens"
                 self._outboxes[live.session].fail(Failure(live.request_id, DeadlineExceeded.__name__, message))
 
@@ -480,6 +491,7 @@ class EngineLoop:
         self._metrics.output_finished(delta.finish.reason)
         if live.outputs:
             return
+        spans.record(self._tracer, live, delta.finish.reason, now)
         started = live.started or live.arrived
         self._metrics.request_finished(
             num_prompt=live.num_prompt,
@@ -493,6 +505,7 @@ class EngineLoop:
     def _fail(self, result: StepResult) -> None:
         for failure in result.failures:
             if live := self._live.pop(failure.request_id, None):
+                spans.record(self._tracer, live, failure.kind, time.monotonic(), is_failure=True)
                 self._outboxes[live.session].fail(replace(failure, request_id=live.request_id))
         self._num_failed_steps = self._num_failed_steps + 1 if result.failures else 0
         if self._num_failed_steps >= MAX_FAILED_STEPS:
@@ -501,6 +514,7 @@ class EngineLoop:
     def _drop(self, engine_id: str) -> None:
         """Nobody waits for this request any more."""
         if live := self._live.pop(engine_id, None):
+            spans.record(self._tracer, live, "cancelled", time.monotonic())
             self._engine.cancel(engine_id)
             self._outboxes[live.session].drop(live.request_id)
 
@@ -509,6 +523,7 @@ class EngineLoop:
         self._broken = reason
         self._step_began = None
         for live in self._live.values():
+            spans.record(self._tracer, live, EngineFailure.__name__, time.monotonic(), is_failure=True)
             self._outboxes[live.session].fail(Failure(live.request_id, EngineFailure.__name__, reason))
         self._live.clear()
 

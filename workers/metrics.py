@@ -7,9 +7,16 @@ as it happens (histograms) is observed by the engine loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    disable_created_metrics,
+    make_wsgi_app,
+    start_http_server,
+)
 from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -19,6 +26,9 @@ from workers.engine.protocol import Adoption, EngineStats
 from workers.families import Families
 from workers.histogram import Histogram
 from workers.speculative.stats import SpeculationStats
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -36,6 +46,9 @@ LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 
 STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 STEP_SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 PORT_ATTEMPTS = 64
+
+# From the start: of a series that begins at 1, Prometheus would never see the first increase.
+FETCH_OUTCOMES = ("mapped", "copied", "unused", "computed", "failed", "late")
 
 
 class WorkerMetrics:
@@ -68,6 +81,8 @@ class WorkerMetrics:
             [*self._labels, "outcome"],
             registry=self.registry,
         )
+        for outcome in FETCH_OUTCOMES:
+            self._fetches.labels(**self._labels, outcome=outcome)
         self._fetched_tokens = self._counter("headwater_prefix_fetched_tokens", "Tokens of fetched prefixes.")
         self._fetch_seconds = self._counter("headwater_prefix_fetch_seconds", "Waited for prefixes.")
         arena = Gauge("headwater_arena_bytes", "Of blocks left for others.", list(self._labels), registry=self.registry)
@@ -109,6 +124,12 @@ class WorkerMetrics:
             self._step_tokens.observe(num_tokens)
             self._step_sequences.observe(num_sequences)
             self._step_seconds.observe(seconds)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How many steps computed something, and how many outputs took part in them, in all."""
+        num_steps, num_outputs = self._step_sequences.total
+        return num_steps, round(num_outputs)
 
     @property
     def first_tokens(self) -> tuple[int, float]:
@@ -230,6 +251,7 @@ class MetricsServer:
                 self._server, self._thread = start_http_server(candidate, addr=host, registry=registry)
             except OSError:
                 continue
+            self._server.set_app(_as_text(registry))
             self.address = f"{host}:{self._server.server_port}"
             return
         raise SetupError(f"no free metrics port from {port} on {host}; set {section}.host and {section}.port")
@@ -238,3 +260,9 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _as_text(registry: CollectorRegistry) -> WSGIApplication:
+    """Serves the text format, whatever is asked for: as OpenMetrics, prometheus_client writes `vllm_` for `vllm:`."""
+    serve: WSGIApplication = make_wsgi_app(registry)
+    return lambda environ, start: serve({**environ, "HTTP_ACCEPT": "text/plain"}, start)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -21,10 +22,12 @@ from tokenizers import Tokenizer
 
 from protos import convert
 from protos.errors import EngineFailure, HeadwaterError, ModelError, SetupError, Unauthenticated, trailers
-from protos.messages import Delta, Failure, Pin, PrefixSource, Request
+from protos.messages import Delta, EngineTotals, Failure, Pin, PrefixSource, Request
 from protos.tls import Certificates, PeerTLS, server_credentials
+from protos.tracing import Tracer, Tracing
 from protos.v1 import session_pb2 as pb
 from protos.v1 import session_pb2_grpc as rpc
+from protos.v1 import totals_pb2
 from workers.config import ExchangeSection, WorkerConfig
 from workers.engine.factory import make_engine
 from workers.engine.protocol import Engine
@@ -37,6 +40,7 @@ from workers.metrics import MetricsServer, WorkerMetrics
 from workers.peers import TOKEN_KEY, Peers
 from workers.priority import give_way
 from workers.speculative.pool.members import Members, PoolAccess
+from workers.speculative.stats import SpeculationStats
 from workers.usage import Usage
 from workers.waiting import Waiting
 
@@ -45,6 +49,7 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAIN_POLL_S = 0.02
 STOP_GRACE_S = 0.5
+TOTALS_S = 1.0  # between two tellings of the engine's totals
 # A router that is cut off or whose machine has died closes no connection, and TCP tries to reach it for a quarter of an
 # hour. Pings find it within ten seconds; its session ends then, which frees what it had submitted.
 KEEPALIVE: Final = (
@@ -75,8 +80,9 @@ class WorkerServer:
         local_rank: int = 0,
         threads: int = 1,
         puller: Puller | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """`tls`: of sessions and of channels to drafters and other workers; None: plain text.
+        """`tls`: of sessions and of channels to drafters and other workers; None: plain text. `tracing`: None: off.
 
         `puller`: the way to prefixes of workers that share no memory with this one.
         """
@@ -87,6 +93,7 @@ class WorkerServer:
         self._local_rank = local_rank
         self._threads = threads
         self._puller = puller
+        self._tracing = tracing
         self._exchange: Exchange | None = None  # until started, or for good
         self._exports: Exports | None = None  # until started
         self._num_fetching = 0  # requests and pins that wait for a prefix
@@ -95,6 +102,7 @@ class WorkerServer:
         self._num_sessions = 0
         self._first_tokens = (0, 0.0)  # when usage was last asked
         self._loop: EngineLoop | None = None  # until started
+        self._made = time.monotonic()
         self._drafters = Members()
         self._exits = AsyncExitStack()
 
@@ -113,6 +121,8 @@ class WorkerServer:
     async def _start(self, exits: AsyncExitStack) -> WorkerAddress:
         config = self._config
         metrics = WorkerMetrics(model_name=config.model.served_name, worker_id=self._worker_id)
+        tracer = Tracer(self._tracing, role="worker", instance=self._worker_id)
+        exits.push_async_callback(asyncio.to_thread, tracer.close)
         engine = await self._make_engine()
         exits.callback(engine.close)
         self._model, self._limits = engine.model, engine.limits
@@ -129,6 +139,7 @@ class WorkerServer:
             deliver=deliver,
             stall_s=config.engine.stall_s,
             niceness=config.engine.niceness,
+            tracer=tracer,
         )
         metrics.watch(lambda: loop.load, lambda: loop.stats)
         port = config.metrics.port + self._local_rank if config.metrics.port else 0
@@ -138,6 +149,8 @@ class WorkerServer:
         exits.push_async_callback(asyncio.to_thread, loop.stop)
         self._loop = loop
         await self._start_exchange(loop, engine.block_format, metrics, exits)
+        telling = asyncio.create_task(self._tell_totals(), name="totals")
+        exits.push_async_callback(_end, telling)
         server, session_port = await self._listen(config.session.host)
         exits.push_async_callback(server.stop, STOP_GRACE_S)
         return WorkerAddress(f"{config.session.host}:{session_port}", scrape.address)
@@ -326,7 +339,8 @@ class WorkerServer:
     async def _next_frame(self, queue: asyncio.Queue[pb.WorkerFrame | None]) -> pb.WorkerFrame | None:
         """The next frame, or a heartbeat after silence; None when the session must end."""
         try:
-            return await asyncio.wait_for(queue.get(), self._config.session.heartbeat_s)
+            async with asyncio.timeout(self._config.session.heartbeat_s):
+                return await queue.get()
         except TimeoutError:
             self._engine.check()  # a worker whose engine hangs falls silent
             return self._heartbeat()
@@ -346,6 +360,40 @@ class WorkerServer:
         self._engine.close(frame.session)
         queue.put_nowait(None)
 
+    async def _tell_totals(self) -> None:
+        """Let every router know the engine's totals, once a second and not with every frame."""
+        while True:
+            await asyncio.sleep(TOTALS_S)
+            try:
+                self._engine.check()
+            except EngineFailure:
+                continue  # a worker whose engine hangs falls silent
+            frame = self._heartbeat()
+            frame.heartbeat.totals.CopyFrom(self._totals())
+            for queue in self._sessions.values():
+                if queue.qsize() < self._config.session.max_queued_frames:
+                    queue.put_nowait(frame)
+
+    def _totals(self) -> totals_pb2.EngineTotals:
+        stats, (num_steps, num_step_outputs) = self._engine.stats, self._metrics.steps
+        speculation = stats.speculation or SpeculationStats()
+        totals = EngineTotals(
+            seconds=time.monotonic() - self._made,
+            num_steps=num_steps,
+            num_step_outputs=num_step_outputs,
+            prompt_tokens=stats.prompt_tokens,
+            generation_tokens=stats.generation_tokens,
+            prefix_queries_tokens=stats.prefix_queries_tokens,
+            prefix_hit_tokens=stats.prefix_hit_tokens,
+            attention_keys=stats.attention_keys,
+            attention_read_keys=stats.attention_read_keys,
+            budget_tokens=stats.budget_tokens,
+            budget_used_tokens=stats.budget_used_tokens,
+            drafted_tokens=speculation.drafted_tokens,
+            accepted_tokens=speculation.accepted_tokens,
+        )
+        return convert.totals_to_proto(totals)
+
     def _heartbeat(self) -> pb.WorkerFrame:
         return pb.WorkerFrame(heartbeat=pb.Heartbeat(load=convert.load_to_proto(self._engine.load)))
 
@@ -362,6 +410,7 @@ class WorkerServer:
             max_running=self._limits.max_running,
             step_tokens=self._limits.step_tokens,
             fetches_prefixes=self._exchange is not None,
+            totals=self._totals(),
         )
 
 
@@ -405,6 +454,13 @@ class _Servicer(rpc.WorkerSessionServicer):
         given = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
         if not hmac.compare_digest(str(given), self._token):
             raise Unauthenticated("the session token is missing or wrong; routers and workers must share one")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel it; raises what had ended it before."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _open_arena(config: ExchangeSection) -> Arena | None:

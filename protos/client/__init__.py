@@ -43,6 +43,7 @@ from protos.client.types import (
     Usage,
     WorkerView,
 )
+from protos.overview import Latency, Overview, WorkerOverview
 
 __all__ = [
     "Client",
@@ -50,8 +51,10 @@ __all__ = [
     "Completion",
     "ContinuationScore",
     "GenerateEvent",
+    "Latency",
     "Output",
     "OutputDelta",
+    "Overview",
     "PinnedPrefix",
     "Prompt",
     "PromptInfo",
@@ -64,5 +67,6 @@ __all__ = [
     "TenantQueue",
     "Topology",
     "Usage",
+    "WorkerOverview",
     "WorkerView",
 ]

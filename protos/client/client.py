@@ -26,7 +26,9 @@ from protos.client.types import (
     ServedModel,
     Topology,
 )
+from protos.convert import overview_from_proto
 from protos.messages import Speculation
+from protos.overview import Overview
 from protos.v1 import cluster_pb2 as cluster_pb
 from protos.v1 import inference_pb2 as pb
 
@@ -176,6 +178,14 @@ class Client:
         """What each router sees of workers and queue, in the order of the target. For admins."""
         answers = await self._every(lambda router: router.cluster_stub.GetTopology, cluster_pb.GetTopologyRequest())
         return tuple(map(responses.to_topology, answers))
+
+    async def overview(self) -> tuple[Overview, ...]:
+        """How the cluster has done within the last minute, as each router tells; `protos.overview.merged` joins them.
+
+        For admins.
+        """
+        answers = await self._every(lambda router: router.cluster_stub.GetOverview, cluster_pb.GetOverviewRequest())
+        return tuple(map(overview_from_proto, answers))
 
     async def explain_route(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MappingProxyType
 
 from protos import errors
 from protos.client.types import (
@@ -21,21 +20,11 @@ from protos.client.types import (
     TenantQueue,
     Topology,
     Usage,
-    WorkerState,
     WorkerView,
 )
-from protos.convert import finish_from_proto, logprobs_from_proto
+from protos.convert import finish_from_proto, logprobs_from_proto, state_from_proto
 from protos.v1 import cluster_pb2 as cluster_pb
 from protos.v1 import inference_pb2 as pb
-
-_STATES: MappingProxyType[int, WorkerState] = MappingProxyType(
-    {
-        cluster_pb.WORKER_STATE_CONNECTING: "connecting",
-        cluster_pb.WORKER_STATE_WARMING: "warming",
-        cluster_pb.WORKER_STATE_READY: "ready",
-        cluster_pb.WORKER_STATE_DRAINING: "draining",
-    }
-)
 
 
 def to_event(response: pb.GenerateResponse) -> GenerateEvent:
@@ -116,7 +105,7 @@ def _worker(message: cluster_pb.Worker) -> WorkerView:
     return WorkerView(
         worker_id=message.worker_id,
         address=message.address,
-        state=_STATES.get(message.state, "unknown"),
+        state=state_from_proto(message.state),
         num_running=message.num_running,
         num_waiting=message.num_waiting,
         pending_prefill_tokens=message.pending_prefill_tokens,

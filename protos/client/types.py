@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from protos.messages import Finish, PositionLogprobs
+from protos.overview import WorkerState
 
 Prompt = str | bytes | Sequence[int]
-WorkerState = Literal["connecting", "warming", "ready", "draining", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)

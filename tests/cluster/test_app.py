@@ -20,6 +20,7 @@ from cluster.app import (
 from cluster.config import load
 from protos.errors import ConfigError
 from protos.tls import PeerTLS
+from protos.tracing import Tracing
 
 POOL = ("cluster.num_drafters=2", "worker.engine.speculation.drafters=[copy, pool]")
 
@@ -75,9 +76,10 @@ def test_drafters_are_deployed_where_they_are_wanted() -> None:
     assert deployments(build(load(None, POOL))) == {DRAFTER_NAME: 2, WORKER_NAME: 2, ROUTER_NAME: 1}
 
 
-def test_labels_and_devices_place_workers_and_drafters() -> None:
+def test_labels_and_devices_place_everybody() -> None:
     placed = actor_options(
         *POOL,
+        "cluster.router_labels={headwater/role: router}",
         "cluster.worker_labels={headwater/role: worker}",
         "cluster.drafter_labels={headwater/role: drafter, gpu: small}",
         "cluster.worker_cpus=2",
@@ -87,6 +89,7 @@ def test_labels_and_devices_place_workers_and_drafters() -> None:
         "drafter.threads=3",
     )
     worker, drafter = placed[WORKER_NAME], placed[DRAFTER_NAME]
+    assert placed[ROUTER_NAME]["label_selector"] == {"headwater/role": "router"}
     assert worker["label_selector"] == {"headwater/role": "worker"}
     assert drafter["label_selector"] == {"headwater/role": "drafter", "gpu": "small"}
     assert (worker["num_cpus"], worker["num_gpus"]) == (2, 1)
@@ -97,6 +100,7 @@ def test_labels_and_devices_place_workers_and_drafters() -> None:
 
 def test_without_labels_any_node_will_do() -> None:
     placed = actor_options(*POOL)
+    assert not placed[ROUTER_NAME].get("label_selector")
     assert not placed[WORKER_NAME].get("label_selector")
     assert not placed[DRAFTER_NAME].get("label_selector")
 
@@ -109,6 +113,14 @@ def test_workers_of_one_machine_leave_the_drafters_their_cores(monkeypatch: pyte
     assert threads_per_worker(load(None, [*POOL, "cluster.worker_cpus=4"]), local=False) == 4
 
 
+def test_every_process_is_given_where_traces_go() -> None:
+    tracing = ["cluster.tracing.endpoint=otel:4317", "cluster.tracing.sample_ratio=0.5", "cluster.tracing.ca_file=ca"]
+    application = build(load(None, [*POOL, *tracing, "cluster.tracing.tls=true"]))
+    expected = Tracing("otel:4317", 0.5, is_tls=True, ca_file=Path.cwd() / "ca")
+    given = {built.name: built.init_kwargs["tracing"] for built in flatten(application, name=APP_NAME).deployments}
+    assert given == dict.fromkeys((ROUTER_NAME, WORKER_NAME, DRAFTER_NAME), expected)
+
+
 def test_every_process_is_given_the_certificates_of_members() -> None:
     files = {"cert_file": "member.pem", "key_file": "member.key", "ca_file": "ca.pem"}
     tls = [f"cluster.tls.{key}=/etc/headwater/{file}" for key, file in files.items()]
@@ -119,3 +131,14 @@ def test_every_process_is_given_the_certificates_of_members() -> None:
         built = flatten(build(load(None, overrides)), name=APP_NAME)
         given = {deployment.name: deployment.init_kwargs["tls"] for deployment in built.deployments}
         assert given == dict.fromkeys((DRAFTER_NAME, WORKER_NAME, ROUTER_NAME), expected)
+
+
+def test_routers_export_how_many_of_each_there_should_be() -> None:
+    def wanted(*overrides: str) -> dict[str, int]:
+        built = flatten(build(load(None, overrides)), name=APP_NAME)
+        [router] = [deployment for deployment in built.deployments if deployment.name == ROUTER_NAME]
+        told: dict[str, int] = router.init_kwargs["wanted"]
+        return told
+
+    assert wanted(*POOL, "cluster.num_workers=3") == {"router": 1, "worker": 3, "drafter": 2}
+    assert wanted("cluster.autoscaling={min_workers: 2, max_workers: 9}")["worker"] == 2

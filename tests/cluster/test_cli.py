@@ -52,6 +52,24 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage" in result.output
 
 
+@pytest.mark.parametrize("command", ["preflight", "diff", "apply", "status", "wait", "port-forward", "uninstall"])
+def test_every_command_of_deploy_has_help(command: str) -> None:
+    result = run("deploy", command, "--help")
+    assert result.exit_code == 0
+    assert "--kubeconfig" in result.output
+
+
+def test_deploy_needs_manifests_and_a_cluster() -> None:
+    assert headwater("deploy", "apply").returncode == 2
+    missing = headwater("deploy", "apply", "-f", "nowhere.yaml")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: ManifestError: nowhere.yaml cannot be read: ")
+    away = headwater("deploy", "status", "--kubeconfig", "nowhere")
+    assert away.returncode == 2
+    assert away.stderr.startswith("error: KubernetesError: no usable kubeconfig: ")
+    assert len(away.stderr.splitlines()) == 1
+
+
 def test_bench_has_the_options_of_the_benchmark_and_its_refusals() -> None:
     told = headwater("bench", "--help")
     assert told.returncode == 0
@@ -65,8 +83,8 @@ def test_bench_has_the_options_of_the_benchmark_and_its_refusals() -> None:
     assert "start one with `headwater serve`" in absent.stdout + absent.stderr
 
 
-def test_starting_up_imports_neither_ray_nor_torch() -> None:
-    code = "import sys, cluster.cli; print(sorted({'ray', 'torch', 'transformers'} & {*sys.modules}))"
+def test_starting_up_imports_neither_ray_nor_torch_nor_kubernetes() -> None:
+    code = "import sys, cluster.cli; print(sorted({'kubernetes', 'ray', 'torch', 'transformers'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -20,6 +20,8 @@ from cluster.machine import Machine, import_error
 from protos.errors import SetupError
 from tests.workers.shelf import GOOD, Shelf
 from workers.finding import Finding
+from workers.kernels.build import library_of
+from workers.kernels.variants import named
 
 GIB = 1 << 30
 MACHINE = Machine(
@@ -112,8 +114,14 @@ def test_instruction_sets() -> None:
     assert "instructions" not in examined("cluster.worker_gpus=1", cpu_features=old)
 
 
-def test_native_kernels_need_a_compiler_and_a_processor_that_has_them() -> None:
-    expect(examined(compiler="")["kernels"], "warning", "no C++ compiler", "install one")
+def test_native_kernels_need_a_compiler_and_a_processor_that_has_them(tmp_path: Path) -> None:
+    directory = f"worker.engine.kernels.directory={tmp_path}"
+    expect(examined(directory, compiler="")["kernels"], "warning", "no C++ compiler", "install one")
+    library_of(named("avx2"), tmp_path).touch()
+    expect(examined(directory, compiler="")["kernels"], "ok", "avx2, built")
+    named_avx512 = (directory, "worker.engine.kernels.variant=avx512")
+    features = frozenset({"avx2", "fma", *named("avx512").needs})
+    expect(examined(*named_avx512, compiler="", cpu_features=features)["kernels"], "warning", "no C++ compiler")
     asked = "worker.engine.kernels.variant=amx"
     expect(examined(asked)["kernels"], "failed", "cannot run amx", "worker.engine.kernels.variant to auto")
     assert "kernels" not in examined("worker.engine.kernels.variant=off", compiler="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -34,8 +35,16 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="session")
-def config(root: Path) -> HeadwaterConfig:
-    return load(None, [*SETTINGS, f"worker.model.path={root / 'models' / 'target'}"])
+def collector_port() -> int:
+    """Where traces go of requests whose caller wants one. Nobody listens until a test does: Ray forks this process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def config(root: Path, collector_port: int) -> HeadwaterConfig:
+    traced = ("cluster.tracing.sample_ratio=0", f"cluster.tracing.endpoint=127.0.0.1:{collector_port}")
+    return load(None, [*SETTINGS, *traced, f"worker.model.path={root / 'models' / 'target'}"])
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ ACCEPTED = "headwater_accepted_draft_tokens_total"
 SETTINGS = (
     f"cluster.num_workers={NUM_WORKERS}",
     f"cluster.num_drafters={NUM_DRAFTERS}",
+    f"cluster.router_labels={{{ROLE}: router}}",
     f"cluster.worker_labels={{{ROLE}: worker}}",
     f"cluster.drafter_labels={{{ROLE}: drafter}}",
     "cluster.worker_gpus=1",
@@ -66,6 +67,7 @@ class Outcome:
     """What the test wants to know."""
 
     nodes: dict[str, str]  # role to node
+    routers: list[Place]
     workers: list[Place]
     drafters: list[Place]
     plain: list[str]
@@ -78,13 +80,13 @@ class Outcome:
 
 @contextmanager
 def three_nodes(folder: Path) -> Iterator[Nodes]:
-    """A head, a node for workers and one for drafters, each of these with as many devices; none is real."""
+    """A head with the router, a node for workers and one for drafters, with a device for each; none is real."""
     os.environ["RAY_TMPDIR"] = str(folder)  # whatever Ray writes, it writes there
     (folder / "ray").mkdir()
     alike = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "temp_dir": str(folder)}
     nodes = Nodes()
     try:
-        nodes.add_node(**alike)
+        nodes.add_node(labels={ROLE: "router"}, **alike)
         nodes.add_node(num_gpus=NUM_WORKERS, labels={ROLE: "worker"}, **alike)
         nodes.add_node(num_gpus=NUM_DRAFTERS, labels={ROLE: "drafter"}, **alike)
         yield nodes
@@ -130,6 +132,7 @@ def observe(cluster: Cluster) -> Outcome:
         drafted.append(asyncio.run(texts(target)))
     return Outcome(
         {node["Labels"][ROLE]: node["NodeID"] for node in ray.nodes() if ROLE in node["Labels"]},
+        places("Router"),
         places("Worker"),
         places("Drafter"),
         plain,

@@ -12,7 +12,7 @@ TIMEOUT_S = 270
 def observed(root: Path, directory: Path, folder: str) -> tuple[int, Outcome]:
     """The script's process id and what it saw."""
     process_id, seen = run("tests.e2e.nodes", folder, root=root, directory=directory, timeout_s=TIMEOUT_S)
-    for role in ("workers", "drafters"):
+    for role in ("routers", "workers", "drafters"):
         seen[role] = [Place(place["node"], tuple(place["devices"]), place["visible"]) for place in seen[role]]
     return process_id, Outcome(**seen)
 
@@ -20,9 +20,10 @@ def observed(root: Path, directory: Path, folder: str) -> tuple[int, Outcome]:
 def test_workers_and_drafters_have_nodes_and_devices_of_their_own(root: Path, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="hwn-") as folder:  # short: sockets live there
         process, seen = observed(root, tmp_path, folder)
+    assert [place.node for place in seen.routers] == [seen.nodes["router"]]
     assert [place.node for place in seen.workers] == [seen.nodes["worker"]] * NUM_WORKERS
     assert [place.node for place in seen.drafters] == [seen.nodes["drafter"]] * NUM_DRAFTERS
-    assert seen.nodes["worker"] != seen.nodes["drafter"]
+    assert len(set(seen.nodes.values())) == 3
     devices = [(place.node, device) for place in seen.workers + seen.drafters for device in place.devices]
     assert len(set(devices)) == len(devices) == NUM_WORKERS + NUM_DRAFTERS
     assert all(place.visible == ",".join(place.devices) for place in seen.workers + seen.drafters)

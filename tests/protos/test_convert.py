@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from protos import convert, errors
 from protos.messages import (
     Delta,
+    EngineTotals,
     Failure,
     Finish,
     KVEvents,
@@ -20,8 +23,11 @@ from protos.messages import (
     ResumePoint,
     Sampling,
 )
+from protos.overview import Latency, Overview, WorkerOverview, WorkerState
+from protos.v1 import cluster_pb2 as cluster_pb
 from protos.v1 import inference_pb2 as pb
 from protos.v1 import session_pb2 as session_pb
+from protos.v1 import totals_pb2 as totals_pb
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -83,6 +89,25 @@ deltas = st.builds(
     cached_tokens=maybe_u32,
     prompt_logprobs=position_lists,
 )
+totals = st.builds(EngineTotals, real, *[u64] * (len(EngineTotals._fields) - 1))
+latencies = st.builds(Latency, st.lists(real, max_size=3).map(tuple), st.lists(u64, max_size=4).map(tuple))
+reals = st.lists(real, max_size=3).map(tuple)
+states = st.sampled_from(get_args(WorkerState))
+workers = st.builds(WorkerOverview, text, states, u32, u32, u64, u64, totals, totals)
+overviews = st.builds(
+    Overview,
+    st.tuples(text),
+    text,
+    window_s=real,
+    num_live=u32,
+    num_waiting=u32,
+    outcomes=st.dictionaries(text, u64, max_size=3),
+    time_to_first_token=latencies,
+    inter_token=latencies,
+    generation_history=reals,
+    prompt_history=reals,
+    workers=st.lists(workers, max_size=2).map(tuple),
+)
 loads = st.builds(Load, u32, u32, u64, u64, u64, st.booleans())
 
 
@@ -114,6 +139,18 @@ def test_deltas(delta: Delta) -> None:
 def test_failures(failure: Failure) -> None:
     wire = convert.failure_to_proto(failure).SerializeToString()
     assert convert.delta_from_proto(session_pb.WorkerDelta.FromString(wire)) == failure
+
+
+@given(totals)
+def test_totals(told: EngineTotals) -> None:
+    wire = convert.totals_to_proto(told).SerializeToString()
+    assert convert.totals_from_proto(totals_pb.EngineTotals.FromString(wire)) == told
+
+
+@given(overviews)
+def test_overviews(overview: Overview) -> None:
+    wire = convert.overview_to_proto(overview).SerializeToString()
+    assert convert.overview_from_proto(cluster_pb.GetOverviewResponse.FromString(wire)) == overview
 
 
 @given(loads)

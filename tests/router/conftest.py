@@ -14,6 +14,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from protos.client import Client, RetryPolicy
+from protos.tracing import Tracing
 from router.api_key import key_hash
 from router.config import (
     DispatchSection,
@@ -142,13 +143,14 @@ async def start_cluster(tokenizer_dir: Path) -> AsyncIterator[Callable[..., Any]
     """Starts routers; stops them and checks their invariants at the end."""
     async with AsyncExitStack() as stack:
 
-        async def start(**options: Any) -> Cluster:
+        async def start(*, tracing: Tracing | None = None, **options: Any) -> Cluster:
             server = RouterServer(
                 router_config(**options),
                 model_name="tiny",
                 tokenizer_dir=tokenizer_dir,
                 session_token="secret",
                 router_id="r0",
+                tracing=tracing,
             )
             address = await server.start()
             stack.push_async_callback(_stop, server)

@@ -257,6 +257,20 @@ async def test_recoveries_are_counted(start_cluster: Start) -> None:
     assert scrape(cluster.address.metrics, outcome="resumed")["headwater_recoveries_total"] == num_stuck
 
 
+async def test_requests_that_wait_in_vain_for_another_worker_are_counted(start_cluster: Start) -> None:
+    cluster: Cluster = await start_cluster()
+    worker = await cluster.add_worker("w0", hang(3))
+    client = await cluster.client()
+    tasks = await run_until_stuck(client, worker, 2)
+    await until(lambda: len(worker.submitted) == 2)
+    await worker.kill()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(end) for end in ends] == [errors.WorkerLost] * 2
+    with pytest.raises(errors.NoWorker):  # this one never had a worker
+        await client.complete("w5")
+    assert scrape(cluster.address.metrics, outcome="given_up")["headwater_recoveries_total"] == 2
+
+
 async def test_streams_of_a_worker_that_drains_too_long_go_on(start_cluster: Start) -> None:
     """A worker that leaves ends its session at last; what it still ran moves without a word to its clients."""
     cluster, first, _ = await pair(start_cluster)

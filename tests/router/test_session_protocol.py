@@ -317,4 +317,9 @@ def test_every_request_type_is_tried() -> None:
     """A new call is not forgotten here. Those left out have no fields."""
     stubs = (inference_pb2_grpc.InferenceServicer, cluster_pb2_grpc.ClusterServicer)
     names = {name for stub in stubs for name in vars(stub) if not name.startswith("_")}
-    assert names - {path.rpartition("/")[2] for path in REQUESTS} == {"ListModels", "GetTopology", "ListPins"}
+    assert names - {path.rpartition("/")[2] for path in REQUESTS} == {
+        "ListModels",
+        "GetTopology",
+        "GetOverview",
+        "ListPins",
+    }

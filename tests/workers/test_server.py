@@ -10,8 +10,8 @@ import pytest
 
 from protos import convert
 from protos.blocks import block_hashes
-from protos.errors import Unauthenticated, from_rpc_error
-from protos.messages import Delta, Failure, Request, Sampling
+from protos.errors import EngineFailure, Unauthenticated, from_rpc_error
+from protos.messages import Delta, EngineTotals, Failure, Request, Sampling
 from protos.v1 import session_pb2 as pb
 from protos.v1 import session_pb2_grpc as rpc
 from tests.metrics import scrape
@@ -133,6 +133,58 @@ async def test_an_idle_session_carries_heartbeats(target_dir: Path) -> None:
         assert (await session.read()).WhichOneof("frame") == "hello"
         assert (await session.read()).kv_events.snapshot
         assert [(await session.read()).WhichOneof("frame") for _ in range(3)] == ["heartbeat"] * 3
+        await session.channel.close()
+
+
+async def test_totals_come_with_the_hello_and_then_with_heartbeats(
+    target_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_server, "TOTALS_S", 0.05)
+    async with running(target_dir) as (server, address):
+        session = Session(address.session)
+        hello = (await session.read()).hello
+        first = convert.totals_from_proto(hello.totals)
+        assert first.seconds > 0
+        assert (first.generation_tokens, first.num_steps) == (0, 0)
+        await session.submit(request("a"))
+        await session.deltas("a")
+        while (totals := await told(session)).generation_tokens < 5:
+            assert totals.seconds >= first.seconds
+        stats, metrics = server._engine.stats, await asyncio.to_thread(scrape, address.metrics)
+        assert (totals.generation_tokens, totals.prompt_tokens) == (stats.generation_tokens, stats.prompt_tokens)
+        assert totals.num_steps == metrics["headwater_step_sequences_count"]
+        assert totals.num_step_outputs == metrics["headwater_step_sequences_sum"]
+        again = await told(session)  # idle ones are told, too
+        assert again.seconds > totals.seconds
+        assert again._replace(seconds=0) == totals._replace(seconds=0)
+        await session.channel.close()
+
+
+async def read(session: Session, num_frames: int) -> None:
+    for _ in range(num_frames):
+        await session.read()
+
+
+async def told(session: Session) -> EngineTotals:
+    """The next totals."""
+    while not (frame := await session.read()).heartbeat.HasField("totals"):
+        pass
+    return convert.totals_from_proto(frame.heartbeat.totals)
+
+
+async def test_a_worker_whose_engine_hangs_tells_no_totals(target_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would not fall silent."""
+    monkeypatch.setattr(worker_server, "TOTALS_S", 0.01)
+
+    def hang() -> None:
+        raise EngineFailure("it hangs")
+
+    async with running(target_dir) as (server, address):
+        session = Session(address.session)
+        await session.read()
+        monkeypatch.setattr(server._engine, "check", hang)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read(session, 50)
         await session.channel.close()
 
 

@@ -61,11 +61,10 @@ def build(variant: Variant, directory: Path | None = None) -> Path:
 
     Several processes may build at once: one compiles, the others wait for it.
     """
-    directory = directory or default_directory()
-    library = directory / f"{variant.name}-{_fingerprint(variant)}.so"
+    library = library_of(variant, directory)
     if library.exists():
         return library
-    compiler = Compiler.find()
+    compiler, directory = Compiler.find(), library.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lock").open("w") as lock:
@@ -77,6 +76,11 @@ def build(variant: Variant, directory: Path | None = None) -> Path:
             f"{directory}: {error.strerror or error}; set engine.kernels.directory to a folder that can be written"
         ) from error
     return library
+
+
+def library_of(variant: Variant, directory: Path | None = None) -> Path:
+    """Where a variant's library is, or would be."""
+    return (directory or default_directory()) / f"{variant.name}-{_fingerprint(variant)}.so"
 
 
 def _fingerprint(variant: Variant) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from protos.errors import ModelError
 from protos.tls import Certificates, PeerTLS
+from protos.tracing import Tracer
 from protos.v1 import drafting_pb2 as pb
 from workers.attention.planner import Planner
 from workers.config import DrafterConfig, EngineSection, HostedKind, KVSection, ModelSection, WorkerConfig
@@ -69,7 +70,9 @@ def make_speculator(config: WorkerConfig, *, device: torch.device, access: PoolA
     return Speculator(drafters, max_nodes=section.max_nodes, pool=pool)
 
 
-def make_draft_server(config: DrafterConfig, *, target: Path, token: str, tls: PeerTLS | None = None) -> DraftServer:
+def make_draft_server(
+    config: DrafterConfig, *, target: Path, token: str, tls: PeerTLS | None = None, tracer: Tracer | None = None
+) -> DraftServer:
     """The pool's side: drafters for the model in `target`. Raises SetupError. Takes seconds: not on an event loop."""
     certificates = Certificates.of_peer(tls) if tls else None
     torch.set_num_threads(1)  # the kernels have threads of their own
@@ -87,6 +90,7 @@ def make_draft_server(config: DrafterConfig, *, target: Path, token: str, tls: P
         vocab_size=hello.vocab_size,
         max_sequences=config.max_sequences,
         certificates=certificates,
+        tracer=tracer,
     )
 
 

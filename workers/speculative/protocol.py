@@ -31,6 +31,7 @@ class Context(NamedTuple):
     num_guessed: int = 0  # tokens at the end that the target has not confirmed: nothing of them is to be kept
     draws: Draws | None = None  # None: greedily
     can_wait: bool = True  # a draft is worth a wait
+    traceparent: str = ""  # of the request; empty: it is not traced
 
 
 class Verified(NamedTuple):

@@ -122,6 +122,7 @@ def _context(chunk: Chunk) -> Context:
         sequence.tokens,
         sequence.num_prompt,
         draws=None if is_plain(sampling) else Draws(sampling, sequence.index),
+        traceparent=sequence.request.traceparent,
     )
 
 

@@ -31,6 +31,9 @@ class Router(pb_grpc.ClusterServicer):
     async def GetTopology(self, request: Any, context: Any) -> pb.GetTopologyResponse:  # noqa: N802
         return pb.GetTopologyResponse(router_id=self.name, workers=[pb.Worker(worker_id="w0", state=9)])  # type: ignore[arg-type]
 
+    async def GetOverview(self, request: Any, context: Any) -> pb.GetOverviewResponse:  # noqa: N802
+        return pb.GetOverviewResponse(router_id=self.name, workers=[pb.WorkerOverview(worker_id="w0", state=9)])  # type: ignore[arg-type]
+
     async def ExplainRoute(self, request: Any, context: Any) -> pb.ExplainRouteResponse:  # noqa: N802
         self.asked.append(request)
         return pb.ExplainRouteResponse(reason="cold")
@@ -86,6 +89,13 @@ async def test_every_router_shows_its_topology_in_order(serve: Serve) -> None:
     views = await client.topology()
     assert [view.router_id for view in views] == ["r0", "r1"]
     assert views[0].workers[0].state == "unknown"  # one that this version does not know
+
+
+async def test_every_router_tells_its_overview_in_order(serve: Serve) -> None:
+    client = await serve(Router("r0", {}), Router("r1", {}))
+    views = await client.overview()
+    assert [view.router_ids for view in views] == [("r0",), ("r1",)]
+    assert views[0].workers[0].state == "unknown"
 
 
 async def test_pins_of_several_routers_are_one_list(serve: Serve) -> None:

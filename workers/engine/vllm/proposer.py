@@ -245,7 +245,8 @@ def _followed(state: Any, max_tokens: int) -> _Sequence:
     extra, tokens = state.sampling_params.extra_args[EXTRA], list(state.prompt_token_ids)
     sampling = sampling_of(extra)
     draws = None if is_plain(sampling) else Draws(sampling, extra["index"])
-    context = Context((state.req_id, extra["index"]), extra["salt"], tokens, extra["num_prompt"], draws=draws)
+    key, trace = (state.req_id, extra["index"]), extra["traceparent"]
+    context = Context(key, extra["salt"], tokens, extra["num_prompt"], draws=draws, traceparent=trace)
     longest = min(len(tokens) + state.sampling_params.max_tokens, max_tokens)
     return _Sequence(context, tokens, longest, extra["speculation"] != "off")
 

@@ -122,6 +122,7 @@ class Output:
             "num_prompt": len(self.request.token_ids),
             "salt": self.request.cache_salt,
             "speculation": self.request.speculation,
+            "traceparent": self.request.traceparent,
             "stops": sorted(self.stop_token_ids),
             "sampling": _told(self.request.sampling),
         }

@@ -178,6 +178,7 @@ class Pool:
                 token_ids=tokens,
                 num_prompt=context.num_prompt,
                 max_nodes=self._max_nodes,
+                traceparent=context.traceparent,
             )
             if context.draws is not None:
                 opened.index = context.draws.output

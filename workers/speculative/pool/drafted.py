@@ -7,6 +7,7 @@ the target was computing (PEARL, Liu et al., arXiv 2408.11850, sections 4.2 and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -75,8 +76,13 @@ class Drafted:
         *,
         max_nodes: int,
         draws: Draws | None = None,
+        traceparent: str = "",
     ) -> None:
         self.key = key
+        self.traceparent = traceparent
+        self.opened = time.monotonic()
+        self.num_first = len(tokens)  # as it was opened
+        self.num_drafted = 0  # tokens
         self._draws = draws
         self.salt = salt
         self.tokens = tokens
@@ -117,7 +123,9 @@ class Drafted:
         if not len(draft) and self._at is self._root and self._num_tries > 1:
             self._num_tries -= 1  # a long prompt is read bit by bit
             return [], draft
-        return self._at.path, self._at.add(draft)
+        new = self._at.add(draft)
+        self.num_drafted += len(new)
+        return self._at.path, new
 
     def _open(self) -> list[tuple[float, Growth]]:
         return [(path, place) for path, place in self._root.leaves() if not place.is_grown]

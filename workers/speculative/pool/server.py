@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 from protos import convert
 from protos.errors import EngineFailure, SetupError
 from protos.tls import Certificates
+from protos.tracing import Tracer
 from protos.v1 import drafting_pb2 as pb
 from workers.speculative.fusion import fuse
 from workers.speculative.pool.channel import Channel
@@ -66,11 +67,13 @@ class DraftServer:
         vocab_size: int,
         max_sequences: int,
         certificates: Certificates | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`vocabulary`, `vocab_size`: the targets', which the drafters speak; others are refused.
 
-        `certificates`: targets must show one of the same authority; None: plain text.
+        `certificates`: targets must show one of the same authority; None: plain text. `tracer` None: traces nothing.
         """
+        self._tracer = tracer or Tracer(None, role="drafter", instance="")
         self._drafters = drafters
         self._numbers = range(len(drafters))
         self._token = token
@@ -228,6 +231,7 @@ class DraftServer:
             opened.num_prompt,
             max_nodes=opened.max_nodes,
             draws=_draws(opened),
+            traceparent=opened.traceparent,
         )
         target.sequences[opened.sequence] = sequence
         self._sequences[sequence] = target, opened.sequence
@@ -259,8 +263,17 @@ class DraftServer:
             return
         for place in (self._sequences, self._wanting, self._growing):
             place.pop(sequence, None)
+        self._trace(sequence)
         for drafter in self._drafters:
             drafter.forget(sequence.key)
+
+    def _trace(self, sequence: Drafted) -> None:
+        counts = {
+            "headwater.drafted_tokens": sequence.num_drafted,
+            "headwater.followed_tokens": len(sequence.tokens) - sequence.num_first,
+        }
+        now, begin = time.monotonic(), sequence.opened
+        self._tracer.record("drafter", sequence.traceparent, begin=begin, end=now, attributes=counts)
 
     def _draft(self, sequences: dict[Drafted, None], max_nodes: int) -> None:
         """One step of all drafters for these sequences, each where it is worth most; they may grow on after it."""

@@ -1,0 +1,1 @@
+"""Grafana dashboards as code: `python -m cluster.dashboards` writes them to deploy/grafana."""

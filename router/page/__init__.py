@@ -1,0 +1,1 @@
+"""A live page of the cluster, for people without dashboards."""
