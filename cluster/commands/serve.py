@@ -71,6 +71,8 @@ def _welcome(screen: Console, config: HeadwaterConfig, cluster: Cluster, log_fil
     )
     for router in cluster.endpoints:
         screen.print(f"  gRPC       {router.grpc}")
+        if config.router.metrics.page:
+            screen.print(f"  page       http://{router.metrics}/")
         screen.print(f"  metrics    http://{router.metrics}/metrics  (router)")
     for metrics in cluster.worker_metrics():
         screen.print(f"             http://{metrics}/metrics  (worker)")

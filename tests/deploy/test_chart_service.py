@@ -143,7 +143,7 @@ def test_secrets_are_folders_so_that_replaced_files_arrive() -> None:
 @pytest.mark.parametrize(
     ("source", "path", "name"),
     [
-        ("image", "/work/model", "model"),
+        ("image", "/opt/model", "model"),
         ("pvc://claim/qwen/8b", "/volumes/target/qwen/8b", "8b"),
         ("pvc://claim", "/volumes/target", "target"),
         ("hf://Qwen/Qwen3-8B", r"/models/qwen3-8b-\w{10}", "Qwen3-8B"),
@@ -152,7 +152,7 @@ def test_secrets_are_folders_so_that_replaced_files_arrive() -> None:
     ],
 )
 def test_a_model_lies_where_the_program_looks(source: str, path: str, name: str) -> None:
-    model = chart.config(chart.objects({"model": {"source": source, "path": "/work/model"}})).worker.model
+    model = chart.config(chart.objects({"model": {"source": source, "path": "/opt/model"}})).worker.model
     assert re.fullmatch(path, str(model.path))
     assert model.served_name == name
 

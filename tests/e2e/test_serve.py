@@ -63,6 +63,7 @@ def test_serve_starts_serves_and_leaves_nothing(
         found = re.search(r"gRPC\s+(\S+)", printed)
         assert found
         assert printed.count("/metrics") == 3
+        assert re.search(r"page +http://127\.0\.0\.1:\d+/$", printed, re.MULTILINE)
         assert f"with {parts}\n" in printed
         for part in parts.split(" and "):
             how_many, what = part.removesuffix("s").split()
