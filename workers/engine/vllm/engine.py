@@ -66,8 +66,7 @@ class VllmEngine:
         args = engine_args(config, threads=threads, sockets=sockets)
         self._events = KVEventReader(*event_endpoints(sockets), config.engine.kv.page_size)
         exits.callback(self._events.close)
-        variables = environment(threads=threads, tensor_parallel=section.tensor_parallel)
-        with exported(variables | {"VLLM_RPC_BASE_PATH": str(sockets)}):  # or it leaves them behind where it is killed
+        with exported(environment(threads=threads, tensor_parallel=section.tensor_parallel, sockets=sockets)):
             self._core = Core(args, lora=section.lora, start_timeout_s=section.start_timeout_s)
         exits.callback(self._core.close)
         model = self._core.vllm_config.model_config

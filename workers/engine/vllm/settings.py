@@ -18,6 +18,7 @@ from workers.config import WorkerConfig
 
 SECTION: Final = "headwater"  # of vLLM's additional_config: what our code in its processes must know
 MIN_KV_BYTES: Final = 1 << 20
+MAX_SOCKETS_PATH: Final = 107 - len("/00000000-0000-0000-0000-000000000000")  # a socket's name may have no more
 REFUSED: Final[Mapping[str, str]] = {
     "logits_processors": "what would call them is replaced by Headwater's sampler",
     "data_parallel_size": "more workers are the way to more copies (cluster.num_workers)",
@@ -40,8 +41,11 @@ def engine_args(config: WorkerConfig, *, threads: int, sockets: Path) -> AsyncEn
     return AsyncEngineArgs(**ours, **config.engine.vllm.args)
 
 
-def environment(*, threads: int, tensor_parallel: int = 1) -> dict[str, str]:
-    """Variables that vLLM's processes read, and that no argument stands for. Those that the user has set stay."""
+def environment(*, threads: int, tensor_parallel: int = 1, sockets: Path | None = None) -> dict[str, str]:
+    """Variables that vLLM's processes read, and that no argument stands for. Those that the user has set stay.
+
+    `sockets`: a folder for vLLM's own, if it is short enough for their names; where vLLM is killed they stay behind.
+    """
     variables = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose sampler cannot be replaced
         "VLLM_NO_USAGE_STATS": "1",
@@ -49,6 +53,8 @@ def environment(*, threads: int, tensor_parallel: int = 1) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
+    if sockets is not None and len(str(sockets)) <= MAX_SOCKETS_PATH:
+        variables["VLLM_RPC_BASE_PATH"] = str(sockets)
     if current_platform.is_cpu():
         variables |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else the first core of the machine is every engine's
