@@ -96,7 +96,7 @@ class Inference(pb_grpc.InferenceServicer):
                 while (response := await stream.next_response()) is not None:
                     await context.write(response)
         finally:
-            self._tell_route(group, context)
+            self._conclude(group, context)
             self._admission.release(group)
         return stream.outcome
 
@@ -106,12 +106,12 @@ class Inference(pb_grpc.InferenceServicer):
         try:
             scores = [await _continuation_score(stream) for stream in group.streams]
         finally:
-            self._tell_route(group, context)
+            self._conclude(group, context)
             self._admission.release(group)
         return pb.ScoreResponse(scores=scores, usage=_score_usage(group))
 
-    def _tell_route(self, group: Group, context: Context) -> None:
-        """Say in the call's trailer which worker ran the group, and why that one."""
+    def _conclude(self, group: Group, context: Context) -> None:
+        """Say in the call's trailer and trace which worker ran the group, and why that one."""
         decision = self._admission.decision(group)
         spans.record(self._tracer, current(), group, decision)
         if decision is not None:

@@ -103,6 +103,7 @@ class WorkerServer:
         self._first_tokens = (0, 0.0)  # when usage was last asked
         self._loop: EngineLoop | None = None  # until started
         self._made = time.monotonic()
+        self._telling: asyncio.Task[None] | None = None  # until started
         self._drafters = Members()
         self._exits = AsyncExitStack()
 
@@ -149,8 +150,8 @@ class WorkerServer:
         exits.push_async_callback(asyncio.to_thread, loop.stop)
         self._loop = loop
         await self._start_exchange(loop, engine.block_format, metrics, exits)
-        telling = asyncio.create_task(self._tell_totals(), name="totals")
-        exits.push_async_callback(_end, telling)
+        self._telling = asyncio.create_task(self._tell_totals(), name="totals")
+        exits.push_async_callback(_end, self._telling)
         server, session_port = await self._listen(config.session.host)
         exits.push_async_callback(server.stop, STOP_GRACE_S)
         return WorkerAddress(f"{config.session.host}:{session_port}", scrape.address)
@@ -204,9 +205,11 @@ class WorkerServer:
         self._drafters.set(addresses)
 
     def check(self) -> None:
-        """Raises EngineFailure if the engine is broken or hangs."""
+        """Raises EngineFailure if the engine is broken or hangs, and what has ended a task that should go on."""
         if self._loop is not None:
             self._loop.check()
+        if self._telling is not None and self._telling.done() and not self._telling.cancelled():
+            self._telling.result()
 
     @property
     def queued_tokens(self) -> int:

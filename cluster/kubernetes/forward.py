@@ -14,8 +14,6 @@ from protos.errors import KubernetesError
 
 CHUNK_BYTES: Final = 65536
 ROUTERS: Final = "app.kubernetes.io/name=headwater,app.kubernetes.io/component=router"
-
-
 PORTS: Final = {"grpc": 9000, "metrics": 9100}  # where a pod's spec names none
 
 

@@ -188,6 +188,25 @@ async def test_a_worker_whose_engine_hangs_tells_no_totals(target_dir: Path, mon
         await session.channel.close()
 
 
+async def test_a_worker_that_cannot_tell_its_totals_any_more_says_so(
+    target_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: WorkerServer) -> pb.WorkerFrame:
+        raise RuntimeError("no totals")
+
+    async def checked_until_it_fails() -> None:
+        async with running(target_dir) as (server, _), asyncio.timeout(10):
+            server.check()
+            monkeypatch.setattr(WorkerServer, "_totals", fail)
+            while True:
+                await asyncio.sleep(0.01)
+                server.check()
+
+    monkeypatch.setattr(worker_server, "TOTALS_S", 0.01)
+    with pytest.raises(RuntimeError, match="no totals"):
+        await checked_until_it_fails()
+
+
 async def test_sessions_do_not_see_each_other(target_dir: Path) -> None:
     async with running(target_dir) as (_, address):
         sessions = [Session(address.session) for _ in range(3)]

@@ -165,7 +165,17 @@ class Core:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A question to vLLM has ended: one that it did not take, once it is dead, is said to whoever waits."""
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, EngineDeadError):
+            self._die(error)
+        else:
+            log.error("vLLM could not be asked", exc_info=error)
 
     async def _begin(self, output: Output) -> None:
         """Ask vLLM for an output, and hear of it where vLLM puts down what it has made."""
@@ -223,7 +233,7 @@ class Core:
         fresh, self._fresh = self._fresh, []
         self._arrived.put(fresh)
 
-    def _die(self, error: Exception) -> None:
+    def _die(self, error: BaseException) -> None:
         self._dead = f"vLLM's engine process has ended: {_told(error)}"
         self.wake()
 
